@@ -1,0 +1,8 @@
+"""`python -m fettle`: the same as the command `fettle`."""
+
+import sys
+
+from fettle.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

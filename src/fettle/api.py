@@ -1,0 +1,280 @@
+"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the two that look first: `plan`, `inspect`.
+
+    import fettle
+
+    result = fettle.compress("demo", "demo-4bit", "gptq-4bit")
+    print(result.evaluation.kl_mean, fettle.generate("demo-4bit", "def add(a, b):"))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import evaluation_windows, read_text
+from fettle.engine.completion import complete
+from fettle.errors import UsageError
+from fettle.evaluate.memory import peak_memory_bytes
+from fettle.evaluate.result import Evaluation
+from fettle.evaluate.streaming import evaluate as evaluate_streaming
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.loading import LoadedModel
+from fettle.models.loading import load as load_model
+from fettle.models.source import resolve
+from fettle.models.writer import write_json, write_text
+from fettle.pipeline.card import model_card
+from fettle.pipeline.journal import Journal, run_folder
+from fettle.pipeline.outline import outline
+from fettle.pipeline.plan import Plan, plan_run
+from fettle.pipeline.recipe import Recipe, load_recipe
+from fettle.pipeline.run import (
+    MARKER,
+    Run,
+    calibration_summary,
+    check_device,
+    marker,
+    monotonic_seconds,
+    prepare,
+    stop_on_signals,
+    versions,
+    write_model,
+)
+from fettle.progress import Progress, Silent
+from fettle.report.page import write_report
+
+EVALUATION_TOKENS = 16_384  # what `compress` measures itself on
+AFFORDABLE_FLOPS = 2e12  # and the work up to which it does so unasked: under a minute on two cores
+UNSTABLE_RESULTS = ("seconds", "peak_memory_bytes", "versions")  # differ from run to run, so not in the written model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What `compress` did: the written folder, its measurement (None where it was left out), and the whole summary."""
+
+    folder: Path
+    evaluation: Evaluation | None
+    summary: dict[str, Any]
+    report_path: Path
+    resumed_whole: bool = False  # nothing was done: the run was finished already
+
+
+def compress(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe | str | Path = "default",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    fresh: bool = False,
+    evaluate: bool | None = None,
+    generic: bool = False,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    prompt: str | None = None,
+) -> Compression:
+    """Compresses a model into a standard checkpoint folder, measures what was written, and writes card and page.
+
+    A run that was killed goes on where it stopped when it is called again with the same arguments, and writes the same
+    bytes as an undisturbed one.
+
+    Args:
+        model: a local folder, a hub id, or "demo".
+        output: the folder to write; beside it, `OUTPUT.run/` keeps the journal, the timings and the page.
+        recipe: a Recipe, a YAML file, or the name of a shipped recipe.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: how many to use; the result does not depend on it.
+        fresh: start over instead of resuming.
+        evaluate: measure the written files; None: where that takes under about a minute.
+        generic: treat every linear of an unknown architecture alike.
+        report: where the page goes; None: `OUTPUT.run/report.html`.
+        progress: told how far it is.
+        command: the command that reproduces this, for the page.
+        prompt: let both models complete this, for the page.
+
+    Raises:
+        UsageError, ModelError, ResourceError, InterruptedRunError: see `fettle.errors`.
+    """
+    progress, output, started = progress or Silent(), Path(output), time.monotonic()
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    with stop_on_signals(output):
+        run = prepare(model, chosen, device=device, threads=threads, generic=generic)
+        with Journal.open(output, run.identity, fresh=fresh) as journal:
+            summary_path = run_folder(output) / "summary.json"
+            if (output / MARKER).exists() and summary_path.exists():
+                return _finished(output, summary_path)
+            write_model(run, output, journal, progress)
+            compress_seconds = monotonic_seconds(started)
+            compress_peak = peak_memory_bytes()
+            evaluation = _measure(run, output, evaluate, progress)
+            completions = _completions(run, output, prompt)
+            summary = _summary(run, output, journal, evaluation, completions, command)
+            summary |= {"seconds": compress_seconds, "peak_memory_bytes": compress_peak}
+            report_path = Path(report) if report is not None else run_folder(output) / "report.html"
+            _write_page(summary, report_path)
+            write_json(summary_path, summary)
+            _write_card_and_marker(run, output, journal, evaluation)
+    return Compression(folder=output, evaluation=evaluation, summary=summary, report_path=report_path)
+
+
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path = "default",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Predicts bytes (exactly), peak memory and time, and sends one block through the whole path, save included."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    run = prepare(model, chosen, device=device, threads=threads, generic=generic)
+    return plan_run(run, progress or Silent())
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    length: int = 512,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures the files of a model, against the original where one is given; block by block, so memory stays small.
+
+    Args:
+        model: a local folder, a hub id, or "demo".
+        reference: the original; without it, only what needs no original is measured.
+        text: a UTF-8 file; None: the embedded held-out text.
+        length: tokens a window, its first being BOS.
+        max_tokens: use only the start of the text.
+    """
+    check_device(device)
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
+    windows = evaluation_windows(
+        tokenizer, read_text(None if text is None else str(text), held_out=True), length=length, max_tokens=max_tokens
+    )
+    base = resolve(reference) if reference is not None else None
+    return evaluate_streaming(
+        folder, base, windows, device=device, threads=threads, generic=generic, progress=progress or Silent()
+    )
+
+
+def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+    """Loads a model, compressed or not: `.model` (a transformers model), `.tokenizer`, `.anatomy`. Linears stored as codes stay so.
+
+    Raises:
+        ModelError: damaged files, or tensors that are not those that fettle wrote.
+    """
+    check_device(device)
+    return load_model(model, device=device, dtype=dtype)
+
+
+def generate(
+    model: str | Path | LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """Continues a prompt; returns the new text alone. `temperature` 0 is greedy."""
+    loaded = model if isinstance(model, LoadedModel) else load(model, device=device)
+    return complete(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:
+    """The anatomy of a model: blocks, linears by role, shapes, bytes, and the scheme of each."""
+    checkpoint = Checkpoint.open(resolve(model))
+    return outline(checkpoint, read_anatomy(checkpoint, generic=generic), str(model))
+
+
+def _measure(run: Run, output: Path, wanted: bool | None, progress: Progress) -> Evaluation | None:
+    folder = run.checkpoint.folder
+    tokenizer = load_tokenizer(folder)
+    if wanted is False or (tokenizer is None and wanted is None):
+        return None
+    parameters = sum(math.prod(entry.shape) for entry in run.checkpoint.entries.values())
+    if wanted is None and 2 * 2 * parameters * EVALUATION_TOKENS > AFFORDABLE_FLOPS:
+        return None
+    length = min(512, int(run.checkpoint.config.get("max_position_embeddings") or 512))
+    return evaluate(
+        output, reference=folder, length=length, max_tokens=EVALUATION_TOKENS, device=run.device,
+        threads=run.workers.threads, generic=run.identity["generic"], progress=progress,
+    )  # fmt: skip
+
+
+def _write_card_and_marker(run: Run, output: Path, journal: Journal, evaluation: Evaluation | None) -> None:
+    results = None
+    if evaluation is not None:
+        results = {k: v for k, v in evaluation.to_json().items() if k not in UNSTABLE_RESULTS}
+    content = marker(run, output, journal, results)
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    method = config["quantization_config"]["quant_method"]
+    write_text(output / "README.md", model_card(content, run.recipe.to_yaml(), output.name, method))
+    write_json(output / MARKER, content)
+
+
+def _finished(output: Path, summary_path: Path) -> Compression:
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    evaluation = Evaluation.from_json(summary["evaluation"]) if summary["evaluation"] else None
+    return Compression(
+        folder=output, evaluation=evaluation, summary=summary, report_path=Path(summary["report"]), resumed_whole=True
+    )
+
+
+def _completions(run: Run, output: Path, prompt: str | None) -> list[dict[str, str]]:
+    if prompt is None:
+        return []
+    original, compressed = (generate(folder, prompt, device=run.device) for folder in (run.checkpoint.folder, output))
+    return [{"prompt": prompt, "original": original, "compressed": compressed}]
+
+
+def _summary(
+    run: Run,
+    output: Path,
+    journal: Journal,
+    evaluation: Evaluation | None,
+    completions: list[dict[str, str]],
+    command: str | None,
+) -> dict[str, Any]:
+    records = journal.records(output)
+    base_bytes = sum((run.checkpoint.folder / shard).stat().st_size for shard in run.checkpoint.shards)
+    return {
+        "schema": 1,
+        "kind": "compression",
+        "model": run.model,
+        "base": {"name": run.model, "bytes": base_bytes, "hashes": run.identity["model"]},
+        "output": {
+            "folder": str(output),
+            "bytes": sum(record.bytes for record in records),
+            "hashes": {record.shard: record.sha256 for record in records},
+        },
+        "recipe": run.recipe.to_dict(),
+        "recipe_yaml": run.recipe.to_yaml(),
+        "command": command or f"fettle compress {run.model} -o {output.name} --recipe {run.recipe.name}",
+        "calibration": calibration_summary(run),
+        "ledger": [line for record in records for line in record.ledger],
+        "versions": versions(),
+        "evaluation": evaluation.to_json() if evaluation is not None else None,
+        "completions": completions,
+    }
+
+
+def _write_page(summary: dict[str, Any], path: Path) -> None:
+    summary["report"] = str(path)
+    write_report(path, [summary])

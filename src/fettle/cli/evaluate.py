@@ -1,0 +1,105 @@
+"""`fettle evaluate`: what a written model is worth, alone or against its original; a gate for scripts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fettle
+from fettle.cli.options import Device, Generic, Json, Model, ReportPath, Threads
+from fettle.cli.output import console, emit_json, number, table
+from fettle.cli.progress import progress
+from fettle.cli.quality import evaluation_table
+from fettle.cli.recipe_choice import command_line
+from fettle.errors import QualityGateError, UsageError
+from fettle.report.page import write_report
+
+Reference = Annotated[str | None, typer.Option(metavar="BASE", help="The original model, to measure what was lost.")]
+Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; without it the embedded held-out text.")]
+Length = Annotated[int, typer.Option(metavar="N", help="Tokens a window, its first being BOS.", min=2)]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Use only the start of the text.", min=2)]
+MaxKl = Annotated[float | None, typer.Option(metavar="X", help="Fail with exit code 5 if the mean KL is above X.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no HTML page.")]
+
+PAGE = Path("report.html")
+
+
+def run(
+    model: Model,
+    reference: Reference = None,
+    text: Text = None,
+    length: Length = 512,
+    max_tokens: MaxTokens = None,
+    max_kl: MaxKl = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    generic: Generic = False,
+    report: ReportPath = None,
+    no_report: NoReport = False,
+    json: Json = False,
+) -> None:
+    """Measure the files of a model: perplexity with its standard error, bits a byte, and against --reference the KL
+    divergence, the agreement and the worst tokens. Writes report.html here unless --no-report or --report says else.
+
+    \b
+    Examples:
+      fettle evaluate small --reference demo
+      fettle evaluate small --reference demo --text held_out.txt --max-kl 0.05 --json
+    """
+    if max_kl is not None and reference is None:
+        raise UsageError("--max-kl needs --reference: a KL divergence is measured against the original")
+    if max_kl is not None and not max_kl >= 0:
+        raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
+    if no_report and report is not None:
+        raise UsageError("--report and --no-report exclude each other; give one of them")
+    if text is None:
+        print("No --text given: the embedded held-out text (Python source code) is measured.", file=sys.stderr)
+    found = fettle.evaluate(
+        model,
+        reference=reference,
+        text=text,
+        length=length,
+        max_tokens=max_tokens,
+        device=device,
+        threads=threads,
+        generic=generic,
+        progress=progress(json=json),
+    ).to_json()
+    page = None if no_report else report or PAGE
+    if page is not None:
+        command = command_line(sys.argv[1:])
+        result = {"schema": 1, "kind": "evaluation", "model": model, "reference": reference, "command": command}
+        write_report(page, [{**result, "evaluation": found}])
+    if json:
+        emit_json("evaluate", {"model": model, "reference": reference, **found, "report": page})
+    else:
+        _print(found, page)
+    if max_kl is not None and not found["kl_mean"] <= max_kl:
+        raise QualityGateError(f"the mean KL is {number(found['kl_mean'])} nats a token, above --max-kl {max_kl}")
+
+
+def _print(found: Mapping[str, Any], page: Path | None) -> None:
+    out = console()
+    out.print(evaluation_table(found))
+    worst = found.get("worst_tokens") or []
+    if worst:
+        out.print(worst_table(worst))
+    if page is not None:
+        out.print(f"Report: {page}")
+
+
+def worst_table(worst: list[dict[str, Any]]) -> Any:
+    """The tokens that lost most, in their context."""
+    rows = [
+        (number(x["kl"]), _visible(x["context"])[-48:], _visible(x["token"]), _visible(x["predicted"]))
+        for x in worst[:8]
+    ]
+    return table("worst tokens", ("KL", "after the text", "right", "predicted now"), rows, right=(0,))
+
+
+def _visible(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("[", "\\[")

@@ -1,0 +1,57 @@
+"""`fettle inspect`: what a model is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fettle
+from fettle.cli.options import Generic, Json, Model
+from fettle.cli.output import console, emit_json, size, table
+
+
+def run(model: Model, generic: Generic = False, json: Json = False) -> None:
+    """Show a model's anatomy: blocks, linears by role, shapes, bytes and the scheme of each. Reads headers only.
+
+    \b
+    Example:
+      fettle inspect demo
+    """
+    anatomy = fettle.inspect(model, generic=generic)
+    if json:
+        emit_json("inspect", anatomy)
+        return
+    out = console()
+    kind = "decoder" if anatomy["causal"] else "encoder"
+    tied = ", embedding and head tied" if anatomy["tied"] else ""
+    out.print(
+        f"{anatomy['model']}: {anatomy['family']}, {kind}, {len(anatomy['blocks'])} blocks, {anatomy['dtype']}, "
+        f"{size(anatomy['bytes'])}{tied}"
+    )
+    for title, indices, linears in [*_alike(anatomy["blocks"]), ("outside the blocks", "", anatomy["outside"])]:
+        if linears:
+            out.print(
+                table(f"{title}{indices}", ("linear", "role", "shape", "bytes", "scheme"), _rows(linears), right=(3,))
+            )
+
+
+def _alike(blocks: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Blocks that follow each other and look alike share one table."""
+    groups: list[tuple[list[int], list[dict[str, Any]], object]] = []
+    for block in blocks:
+        look = [(x["role"], x["shape"], x["bytes"], x["scheme"]) for x in block["linears"]]
+        if groups and groups[-1][2] == look:
+            groups[-1][0].append(block["index"])
+        else:
+            groups.append(([block["index"]], block["linears"], look))
+    return [
+        (
+            f"block {where[0]}" if len(where) == 1 else f"blocks {where[0]} to {where[-1]}, ",
+            "" if len(where) == 1 else "each",
+            linears,
+        )
+        for where, linears, _ in groups
+    ]
+
+
+def _rows(linears: list[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    return [(x["name"], x["role"], " × ".join(map(str, x["shape"])), f"{x['bytes']:,}", x["scheme"]) for x in linears]

@@ -1,0 +1,38 @@
+"""The registry as plain data: for `fettle methods`, its JSON, and the generated page docs/methods.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_type_hints
+
+from fettle.cli.flags import default_words, flag_name, metavar
+from fettle.methods.registry import METHODS
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """One entry a method: name, title, source, objective, statistics and fields, in the registry's order."""
+    return [
+        {
+            "name": name,
+            "title": cls.title,
+            "source": cls.source,
+            "objective": cls.objective,
+            "statistics": list(cls.statistics),
+            "fields": _fields(cls),
+        }
+        for name, cls in METHODS.items()
+    ]
+
+
+def _fields(cls: Any) -> list[dict[str, str]]:
+    hints = get_type_hints(cls)
+    return [
+        {
+            "name": field.name,
+            "flag": f"--{flag_name(field.name)}",
+            "type": "yes|no" if hints[field.name] is bool else metavar(hints[field.name]),
+            "default": default_words(field),
+            "help": str(field.metadata.get("help", "")),
+        }
+        for field in dataclasses.fields(cls)
+    ]

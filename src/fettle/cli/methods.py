@@ -1,0 +1,41 @@
+"""`fettle methods`: the methods that there are, their sources and their fields."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fettle.cli.method_pages import describe_methods
+from fettle.cli.options import Json
+from fettle.cli.output import console, emit_json, table
+from fettle.errors import UsageError, unknown_word
+
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this method.")]
+
+
+def run(name: Name = None, json: Json = False) -> None:
+    """List the compression methods and their fields: the keys of a recipe's step, and flags of compress and plan.
+
+    \b
+    Example:
+      fettle methods gptq
+    """
+    described = describe_methods()
+    if name is not None:
+        known = [method["name"] for method in described]
+        if name not in known:
+            raise UsageError(unknown_word("method", name, known))
+        described = [method for method in described if method["name"] == name]
+    if json:
+        emit_json("methods", {"methods": described})
+        return
+    out = console()
+    for method in described:
+        out.print(f"{method['name']}: {method['title']}", style="bold")
+        out.print(f"  source: {method['source']}")
+        out.print(
+            f"  minimizes: {method['objective']}; needs: {', '.join(method['statistics']) or 'nothing but weights'}"
+        )
+        rows = [(f["name"], f["type"], f["default"], f["help"]) for f in method["fields"]]
+        out.print(table("", ("field", "type", "default", "what"), rows))

@@ -1,0 +1,23 @@
+"""The options that several verbs share, each declared once so that it is spelled and explained alike everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or demo.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", help="Processor threads; the bytes do not depend on it.", min=1)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
+Generic = Annotated[bool, typer.Option("--generic", help="Unknown family: treat every linear layer alike.")]
+RecipeChoice = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe's name, or a YAML file.")
+]
+MethodChoice = Annotated[
+    str | None, typer.Option("--method", metavar="NAME", help="One method for every linear, instead of a recipe.")
+]
+ReportPath = Annotated[Path | None, typer.Option("--report", metavar="PATH", help="Where the HTML page goes.")]

@@ -1,0 +1,1 @@
+"""Tokens out: completing a prompt with a loaded model."""

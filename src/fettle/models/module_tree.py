@@ -1,0 +1,87 @@
+"""A transformers module tree on the meta device, and putting parameters into it.
+
+What: `build_tree` asks transformers for the class that `config.json` names, with every parameter on meta (a shape without
+memory) and every buffer real: rotary frequencies and causal masks are computed by the model's own constructor.
+
+Two settings make the tree run the same sums everywhere: attention is `sdpa` where the architecture has it, unless it caps its scores
+(sdpa cannot, so `eager`), and experts run as the plain loop over experts, so that each expert's product is an ordinary
+`linear` on its own tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fettle.errors import ModelError
+from fettle.models.anatomy import Anatomy
+from fettle.models.checkpoint import Checkpoint
+
+
+def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """The model of `checkpoint.config` in evaluation mode; parameters on meta, buffers on `device`.
+
+    Raises `ModelError` when this transformers has no such architecture.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    fields = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    try:
+        config = transformers.AutoConfig.for_model(**fields)
+        capped = getattr(config, "attn_logit_softcapping", None)
+        model_class = _model_class(transformers, checkpoint, anatomy)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = model_class._from_config(
+                config, dtype=dtype, attn_implementation="eager" if capped else None, experts_implementation="eager"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot build the model of {checkpoint.folder / 'config.json'}: {error}. "
+            "Check model_type and architectures there, or install a transformers that knows them."
+        ) from error
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            raise ModelError(f"buffer {name!r} of {type(model).__name__} could not be computed without weights.")
+    if torch.device(device).type != "cpu":
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = buffer if buffer is None else buffer.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(transformers: Any, checkpoint: Checkpoint, anatomy: Anatomy) -> Any:
+    names = checkpoint.config.get("architectures") or []
+    found = getattr(transformers, str(names[0]), None) if names else None
+    if found is not None:
+        return found
+    config_class = type(transformers.AutoConfig.for_model(checkpoint.config["model_type"]))
+    auto = transformers.AutoModelForCausalLM if anatomy.causal else transformers.AutoModel
+    return auto._model_mapping[config_class]
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter called `name` (dotted) in `module`, or None."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return None
+    return owner._parameters.get(leaf)
+
+
+def place_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Makes `value` the parameter `name` (dotted) of `module`, without a copy."""
+    path, _, leaf = name.rpartition(".")
+    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+    module.get_submodule(path)._parameters[leaf] = parameter
+
+
+def release_parameters(module: nn.Module) -> None:
+    """Moves every parameter of `module` back to meta; their memory is freed."""
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -1,0 +1,78 @@
+"""The nouns of an anatomy: `Slot`, `Linear`, `Block`, `Anatomy`. How they are read off a checkpoint is in anatomy.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+#: tensor-name endings that together stand for one matrix stored as codes
+CODE_SUFFIXES = (
+    ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale",
+    ".input_scale", ".input_zero_point",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a matrix lives in the transformers module: `parameter`[`index`][`rows`], transposed if Conv1D."""
+
+    parameter: str
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix [out, in] of the model, whatever way it is stored."""
+
+    name: str
+    weight_name: str
+    role: str
+    block: int | None
+    shape: tuple[int, int]
+    slot: Slot
+    input_group: str
+    expert: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many weights it has."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer layer: its matrices, and every checkpoint tensor that belongs to it."""
+
+    index: int
+    name: str  # the transformers module's name: "model.layers.0"
+    linears: tuple[Linear, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A whole model: blocks in order, embedding and head, and the tensors outside the blocks."""
+
+    family: str
+    blocks: tuple[Block, ...]
+    embedding: Linear | None
+    head: Linear | None  # tied: its weight_name is the embedding's
+    tied: bool
+    tensors: tuple[str, ...]
+    causal: bool
+    parameters: Mapping[str, str]  # checkpoint tensor → transformers parameter, for what is not a linear
+    blocks_return_tuple: bool = False
+
+    def linears(self) -> Iterator[Linear]:
+        """The matrices of the blocks, in order; embedding and head are not among them."""
+        for block in self.blocks:
+            yield from block.linears
+
+    def find(self, name: str) -> Linear:
+        """The linear called `name`, embedding and head included; KeyError if there is none."""
+        for linear in (*self.linears(), self.embedding, self.head):
+            if linear is not None and linear.name == name:
+                return linear
+        raise KeyError(name)

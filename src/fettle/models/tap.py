@@ -1,0 +1,59 @@
+"""What each matrix of a block reads, caught while the block runs.
+
+What: inside `with tap:` every `torch.nn.functional.linear` and `torch.addmm` (GPT-2's Conv1D) is seen on its way to torch,
+its weight recognised by address among the block's slots, and its input kept under the slot's `input_group`.
+
+Why not forward hooks: transformers 5 keeps experts as slices of one 3-D parameter, which are no modules, so no hook sees
+them; and hooks are global state on a module, so two threads that run one block on two windows would mix their inputs. A
+`TorchFunctionMode` is local to its thread. Matrices that read the same activations share a group, which is stored once.
+An expert's group holds only the tokens that the router sent it; an expert that saw none has no entry.
+
+Cost: no copy; the activations live as long as the tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+#: the intercepted functions → (position and keyword of input and weight)
+_PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
+    torch.nn.functional.linear: ((0, "input"), (1, "weight")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+}
+
+
+class Tap(TorchFunctionMode):
+    """`inputs`: input_group → activations [tokens, in] of the last block that ran under it. Use one tap per thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[str, Tensor] = {}
+        self._groups: Mapping[int, str] = {}
+
+    def watch(self, groups: Mapping[int, str]) -> Tap:
+        """Forgets what it has and recognises weights by these addresses (`Tensor.data_ptr()`) from now on."""
+        self.inputs, self._groups = {}, groups
+        return self
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        places = _PRODUCTS.get(func)
+        if places is not None:
+            (read_at, read_as), (weight_at, weight_as) = places
+            weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_as)
+            group = self._groups.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+            if group is not None:
+                read = args[read_at] if len(args) > read_at else kwargs[read_as]
+                self.inputs[group] = read.detach().reshape(-1, read.shape[-1])  # [tokens, in]
+        return func(*args, **kwargs)

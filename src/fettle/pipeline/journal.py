@@ -1,0 +1,207 @@
+"""The run folder: what a compression needs to go on after a kill, and what it may tell that no two runs share.
+
+`OUT.run/` stands beside the written model `OUT/`:
+
+    identity.json       what the run was started with; another model, recipe, seed or text is refused, by name
+    journal.jsonl       one line a finished shard, appended and flushed to the disk after the shard itself
+    ledger.jsonl        the same decisions with their seconds, which differ from run to run
+    inputs-000N.safetensors   the hidden states that enter block N: the one thing that cannot be read from OUT
+    report.html summary.json  written at the end
+
+`OUT/` itself holds nothing that depends on when or how often the run was interrupted: a killed and resumed run writes
+the same bytes as an undisturbed one. A torn last line of the journal (the kill came while it was written) is dropped; its shard is
+written again, with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fettle.errors import ResumeError, UsageError
+from fettle.models.writer import write_json, write_shard
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two runs on one folder are then the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerLine:
+    """One decision: what was done to one linear, and what it cost."""
+
+    linear: str
+    block: int | None
+    role: str
+    method: str
+    scheme: str
+    error: float  # relative; of the outputs where a gram was collected, else of the weights
+    objective: str
+    bits_per_weight: float
+    seconds: float
+    note: str = ""
+
+    def deterministic(self) -> dict[str, Any]:
+        """Everything but the seconds: what may stand in the written model."""
+        line = asdict(self)
+        del line["seconds"]
+        return line
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One finished shard of the written model."""
+
+    unit: int
+    shard: str
+    sha256: str
+    bytes: int
+    tensors: dict[str, str]  # tensor name → sha256 of its bytes
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # of the whole unit, reading and running the block included
+
+
+class Journal:
+    """The open run folder of one compression; see the module's text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    @contextmanager
+    def open(cls, output: Path, identity: Mapping[str, Any], *, fresh: bool) -> Iterator[Journal]:
+        """Opens or makes `OUT.run/` and holds its lock.
+
+        Raises:
+            ResumeError: the folder belongs to a run with another identity; the message names each field.
+            UsageError: another process works on it, or `output` holds files that fettle did not write.
+        """
+        folder = run_folder(output)
+        known = (folder / "identity.json").exists()
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"the output {output} is a file; name a folder that does not exist yet")
+        if not known and output.is_dir() and any(output.iterdir()):
+            raise UsageError(f"the output {output} is not empty and no fettle run made it; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / "lock"):
+            journal = cls(folder)
+            if known and fresh:
+                journal.clear(output)
+            elif known:
+                journal.refuse_changes(identity)
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "identity.json", dict(identity))
+            yield journal
+
+    def clear(self, output: Path) -> None:
+        """Removes what earlier runs wrote to `output` and to the run folder."""
+        for folder in (output, self.folder):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_file() and path.name != "lock":
+                    path.unlink()
+
+    def refuse_changes(self, identity: Mapping[str, Any]) -> None:
+        """Raises ResumeError when the run was started with something else."""
+        started = json.loads((self.folder / "identity.json").read_text(encoding="utf-8"))
+        before, now = dict(_flatten(started)), dict(_flatten(identity))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            told = "; ".join(f"{key}: was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed[:5])
+            raise ResumeError(
+                f"the run in {self.folder} was started with something else: {told}"
+                f"{f' (and {len(changed) - 5} more)' if len(changed) > 5 else ''}. "
+                "Give what it was started with, another output folder, or --fresh to start over."
+            )
+
+    def records(self, output: Path) -> list[ShardRecord]:
+        """The finished shards, in order, up to the first that is missing or of another length in `output`."""
+        path = self.folder / "journal.jsonl"
+        records: list[ShardRecord] = []
+        if not path.exists():
+            return records
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = ShardRecord(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                break
+            shard = output / record.shard
+            if record.unit != len(records) or not shard.is_file() or shard.stat().st_size != record.bytes:
+                break
+            records.append(record)
+        return records
+
+    def keep(self, count: int, output: Path) -> None:
+        """Forgets every record but the first `count`, and a torn last line."""
+        records = self.records(output)[:count]
+        temporary = self.folder / "journal.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records), encoding="utf-8")
+        temporary.replace(self.folder / "journal.jsonl")
+
+    def append(self, record: ShardRecord) -> None:
+        """Adds one finished shard, durably."""
+        with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_inputs(self, unit: int, hidden: list[Tensor]) -> None:
+        """Keeps the hidden states that enter unit `unit`; to be called before the unit before it is journalled."""
+        states = {f"{i:06d}": state.cpu().contiguous() for i, state in enumerate(hidden)}
+        write_shard(self.folder, _inputs_name(unit), states)
+
+    def load_inputs(self, unit: int) -> list[Tensor] | None:
+        """The hidden states that enter block `unit`, or None where they were not kept."""
+        from safetensors.torch import load_file
+
+        path = self.folder / _inputs_name(unit)
+        if not path.is_file():
+            return None
+        states = load_file(path)
+        # Fresh tensors: a view into the file's buffer may be aligned otherwise, and sums may then round otherwise.
+        return [torch.empty_like(states[key]).copy_(states[key]) for key in sorted(states)]
+
+    def drop_inputs(self, before: int) -> None:
+        """Removes the hidden states that enter units before `before`."""
+        for path in self.folder.glob("inputs-*.safetensors"):
+            if path.name < _inputs_name(before):
+                path.unlink()
+
+
+def _inputs_name(unit: int) -> str:
+    return f"inputs-{unit:05d}.safetensors"
+
+
+def run_folder(output: Path) -> Path:
+    """`OUT.run`, beside `OUT`."""
+    return output.parent / f"{output.name}.run"
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _flatten(inner, f"{prefix}[{index}]")
+    else:
+        yield prefix, value
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"another run works on {path.parent}; wait for it or name another output") from None
+        yield

@@ -1,0 +1,128 @@
+"""Layout: which file of the written model holds which tensors, known to the byte before any work.
+
+A unit is one shard file. Each block is one unit; what stands outside the blocks follows: every tensor of at least 64 MB alone
+(embeddings, heads), the rest together. So the walk never holds more than one unit, and the plan's prediction of the
+output is no estimate: the safetensors header is a function of the names, types and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fettle.errors import RecipeError
+from fettle.methods.protocols import MatrixMethod
+from fettle.models.anatomy import Anatomy, Linear
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.writer import shard_bytes
+from fettle.tensors.scheme import Scheme
+
+LARGE_TENSOR_BYTES = 64 * 2**20
+
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """One linear with the method that it gets and the scheme that this leaves behind."""
+
+    linear: Linear
+    method: MatrixMethod
+    scheme: Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One shard of the written model."""
+
+    index: int
+    block: int | None
+    shard: str
+    kept: tuple[str, ...]  # checkpoint tensors that are copied as they are
+    compressed: tuple[Compression, ...]
+    tensors: Mapping[str, TensorSpec]  # every tensor of the shard
+    bytes: int  # of the whole file, header included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All shards, in the order in which they are written."""
+
+    units: tuple[Unit, ...]
+    storage: str
+
+    @property
+    def bytes(self) -> int:
+        """The exact size of all shards together."""
+        return sum(unit.bytes for unit in self.units)
+
+    @property
+    def compressions(self) -> tuple[Compression, ...]:
+        """Every compressed linear, in writing order."""
+        return tuple(c for unit in self.units for c in unit.compressed)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name → shard: the index of the written model."""
+        return {name: unit.shard for unit in self.units for name in unit.tensors}
+
+
+def build_layout(
+    checkpoint: Checkpoint, anatomy: Anatomy, assigned: Mapping[str, MatrixMethod], storage: str
+) -> Layout:
+    """Lays out the written model; reads headers only.
+
+    Raises:
+        RecipeError: a scheme that the model's tensors or the storage cannot take.
+    """
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
+    if storage == "int-quantized":
+        for item in compressed.values():
+            if item.scheme.grid.bits != 8:
+                raise RecipeError(
+                    f"storage int-quantized holds 8 bits a code, but {item.linear.name} gets {item.scheme.describe()}; "
+                    "use storage: pack-quantized"
+                )
+    groups: list[tuple[int | None, list[str]]] = [(block.index, list(block.tensors)) for block in anatomy.blocks]
+    small = []
+    for name in anatomy.tensors:
+        if checkpoint.entries[name].nbytes >= LARGE_TENSOR_BYTES:
+            groups.append((None, [name]))
+        else:
+            small.append(name)
+    if small:
+        groups.append((None, small))
+    units = []
+    for index, (block, names) in enumerate(groups):
+        chosen = tuple(compressed[name] for name in names if name in compressed)
+        kept = tuple(name for name in names if name not in compressed)
+        specs: dict[str, TensorSpec] = {n: (checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in kept}
+        for item in chosen:
+            for local, spec in item.scheme.state_spec(item.linear.shape, storage).items():
+                specs[f"{item.linear.name}.{local}"] = spec
+        shard = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
+        units.append(
+            Unit(
+                index=index, block=block, shard=shard, kept=kept, compressed=chosen, tensors=specs,
+                bytes=shard_bytes(specs),
+            )
+        )  # fmt: skip
+    return Layout(units=tuple(units), storage=storage)
+
+
+def compressions(anatomy: Anatomy, assigned: Mapping[str, MatrixMethod], dtype: str) -> list[Compression]:
+    """Every linear that gets a method. Tied embeddings are one matrix: either name reaches it, the embedding's wins."""
+    found: dict[str, Compression] = {}
+    outside = [linear for linear in (anatomy.embedding, anatomy.head) if linear is not None]
+    for candidate in [*anatomy.linears(), *outside]:
+        linear = candidate
+        method = assigned.get(linear.name)
+        if method is None or linear.weight_name in found:
+            continue
+        if anatomy.tied and linear is anatomy.head and anatomy.embedding is not None:
+            linear = anatomy.embedding  # the matrix is stored, and named, once
+        found[linear.weight_name] = Compression(linear=linear, method=method, scheme=method.scheme(dtype))
+    return list(found.values())

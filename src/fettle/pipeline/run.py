@@ -1,0 +1,253 @@
+"""compress: from a model and a recipe to a written, measured, documented folder.
+
+    open and check the base → recipe onto anatomy → layout (bytes known) → room on the disk? → walk → index, config,
+    tokenizer → measure the written files → model card → fettle.json, last
+
+`fettle.json` is the completion marker: a folder without it is not finished, whatever else lies in it, and the index
+and the config, without which no loader opens the folder, are written only after the last shard.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import fettle
+from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import Text, Windows, calibration_windows, read_text
+from fettle.errors import DiskFullError, InterruptedRunError, UsageError
+from fettle.models.anatomy import Anatomy, read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.source import resolve
+from fettle.models.storage import quantization_config, stored_schemes
+from fettle.models.writer import copy_side_files, write_index, write_json
+from fettle.pipeline.journal import Journal, run_folder
+from fettle.pipeline.layout import Layout, build_layout
+from fettle.pipeline.recipe import Recipe, assign
+from fettle.pipeline.stream import Job
+from fettle.pipeline.walk import walk
+from fettle.progress import Progress
+from fettle.workers import Workers
+
+MARKER = "fettle.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A compression with everything read and checked that can be before any work."""
+
+    model: str
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    recipe: Recipe
+    layout: Layout
+    text: Text | None  # None where no method looks at data
+    windows: Windows | None
+    identity: dict[str, Any]
+    device: str
+    workers: Workers
+
+    @property
+    def job(self) -> Job:
+        """What the walk gets."""
+        return Job(
+            checkpoint=self.checkpoint,
+            anatomy=self.anatomy,
+            layout=self.layout,
+            windows=self.windows.ids if self.windows is not None else (),
+            order=self.recipe.calibration.order,
+            device=self.device,
+            workers=self.workers,
+        )
+
+
+def prepare(
+    model: str | Path, recipe: Recipe, *, device: str = "cpu", threads: int | None = None, generic: bool = False
+) -> Run:
+    """Opens the base, maps the recipe onto it and cuts the calibration text; writes nothing.
+
+    Raises:
+        ModelError: the base is damaged, unsafe, unknown or compressed already.
+        RecipeError: the recipe cannot be for this model.
+        UsageError: no such device, or a calibration text that is empty.
+    """
+    check_device(device)
+    folder = resolve(model)
+    checkpoint = Checkpoint.open(folder)
+    anatomy = read_anatomy(checkpoint, generic=generic)
+    if stored_schemes(checkpoint, anatomy):
+        raise UsageError(
+            f"{model} is compressed already ({checkpoint.config['quantization_config'].get('quant_method')}); "
+            "compress the model that it was made from"
+        )
+    layout = build_layout(checkpoint, anatomy, assign(recipe, anatomy), recipe.storage)
+    text = windows = None
+    options = recipe.calibration
+    if any(item.method.statistics for item in layout.compressions):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is None:
+            raise UsageError(
+                f"the recipe {recipe.name} looks at data, but {model} has no tokenizer files; add them to the folder or "
+                "use a method without calibration, such as round_to_nearest"
+            )
+        text = read_text(options.text)
+        windows = calibration_windows(
+            tokenizer, text, windows=options.windows, length=options.length, seed=options.seed
+        )
+    recipe_fields = recipe.to_dict()
+    recipe_fields["calibration"].pop("text", None)  # the text's hash says what it is; its path may change
+    workers = Workers(threads)
+    with workers:
+        hashes = checkpoint.file_hashes()
+    identity = {
+        "model": hashes,
+        "recipe": recipe_fields,
+        "text": text.sha256 if text is not None else None,
+        "device": torch.device(device).type,
+        "generic": generic,
+        "fettle_version": fettle.__version__,
+    }
+    return Run(
+        model=display_name(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe, layout=layout, text=text,
+        windows=windows, identity=identity, device=device, workers=workers,
+    )  # fmt: skip
+
+
+def write_model(run: Run, output: Path, journal: Journal, progress: Progress) -> None:
+    """Walks the units that are missing and writes index, config and side files; leaves out card and marker.
+
+    Raises:
+        DiskFullError: before any work when the volume cannot hold what is missing, or at the shard that does not fit.
+    """
+    _require_room(run, output, journal)
+    walk(run.job, output, journal, progress)
+    schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
+    config = dict(run.checkpoint.config)
+    config["quantization_config"] = quantization_config(schemes, run.anatomy, run.recipe.storage)
+    write_index(output, run.layout.weight_map, total_bytes=sum(_tensor_bytes(run.layout)))
+    copy_side_files(run.checkpoint.folder, output)
+    write_json(output / "config.json", config)
+    journal.drop_inputs(before=len(run.layout.units) + 1)
+
+
+def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | None) -> dict[str, Any]:
+    """What `fettle.json` says: recipe, base, calibration, ledger, hashes, results; nothing that differs between runs."""
+    records = journal.records(output)
+    ledger = [{k: v for k, v in line.items() if k != "seconds"} for record in records for line in record.ledger]
+    return {
+        "schema": 1,
+        "fettle_version": fettle.__version__,
+        "base": {"name": run.model, "files": run.identity["model"]},
+        "recipe": run.identity["recipe"],
+        "calibration": calibration_summary(run),
+        "ledger": ledger,
+        "files": {record.shard: record.sha256 for record in records},
+        "tensors": {name: digest for record in records for name, digest in record.tensors.items()},
+        "results": results,
+    }
+
+
+def calibration_summary(run: Run) -> dict[str, Any] | None:
+    """Which text the methods saw; None where none did."""
+    if run.text is None or run.windows is None:
+        return None
+    return {
+        "source": Path(run.text.source).name,
+        "sha256": run.text.sha256,
+        "windows": len(run.windows.ids),
+        "length": run.recipe.calibration.length,
+        "seed": run.recipe.calibration.seed,
+        "note": run.windows.note,
+    }
+
+
+def display_name(model: str | Path) -> str:
+    """The name of a model in cards and pages: a hub id or `demo` as it is, of a path the last part."""
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
+def versions() -> dict[str, str]:
+    """What computed: fettle, torch, transformers, Python, the machine."""
+    from importlib.metadata import version
+
+    return {
+        "fettle": fettle.__version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "compressed-tensors": version("compressed-tensors"),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that torch does not know or this machine does not have."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"unknown device '{device}'. Allowed: cpu, cuda, cuda:N") from None
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}' is not supported. Allowed: cpu, cuda, cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device '{device}': this machine has no CUDA GPU that torch can use; use --device cpu")
+
+
+@contextmanager
+def stop_on_signals(output: Path) -> Iterator[None]:
+    """Turns Ctrl-C and SIGTERM into InterruptedRunError at once; every finished block is on the disk already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise InterruptedRunError(
+            f"stopped by {signal.Signals(signum).name}; finished blocks are kept in {run_folder(output)}: run the same "
+            "command again to go on"
+        )
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tensor_bytes(layout: Layout) -> Iterator[int]:
+    for unit in layout.units:
+        for dtype, shape in unit.tensors.values():
+            yield dtype.itemsize * int(torch.Size(shape).numel())
+
+
+def _require_room(run: Run, output: Path, journal: Journal) -> None:
+    written = len(journal.records(output))
+    missing_units = run.layout.units[written:]
+    job = run.job
+    hidden_bytes = 0
+    if missing_units and written <= job.last_data_unit:
+        width = run.anatomy.embedding.shape[1] if run.anatomy.embedding else run.anatomy.blocks[0].linears[0].shape[1]
+        hidden_bytes = 2 * 4 * width * sum(len(ids) for ids in job.windows)  # this block's inputs and the next one's
+    needed = sum(unit.bytes for unit in missing_units) + hidden_bytes
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        name = missing_units[0].shard if missing_units else MARKER
+        raise DiskFullError(
+            f"no room for {output / name} and what follows it: {needed:,} bytes are needed and {free:,} are free, "
+            f"{needed - free:,} bytes are missing. Free some space and run the same command again; what is written stays."
+        )
+
+
+def monotonic_seconds(started: float) -> float:
+    """Seconds since `started`, to the millisecond."""
+    return round(time.monotonic() - started, 3)

@@ -1,0 +1,198 @@
+"""The calibration windows on their way through the model, and what they tell about each linear.
+
+A `Stream` holds the hidden states of every window in front of the current block. `collect` runs them through the block
+as it stands and sums up what the methods of its linears declared; `run_on` runs them through for good.
+
+An expert of a mixture sees only the tokens that its router sends it: its statistics are its own tokens', and an expert
+that saw fewer than a quarter as many tokens as it has inputs is compressed with the statistic's neutral element (a
+gram that is the identity: every input counts the same), which the ledger says. A mean over few tokens would look like
+knowledge and be noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fettle.errors import NonFiniteError
+from fettle.methods.quantize.errors import output_error, weight_error
+from fettle.methods.statistics import STATISTICS
+from fettle.models.anatomy import Anatomy, Linear
+from fettle.models.checkpoint import Checkpoint, check_finite
+from fettle.models.skeleton import Skeleton, Tap
+from fettle.pipeline.journal import LedgerLine
+from fettle.pipeline.layout import Compression, Layout, Unit
+from fettle.tensors.quantized import QuantizedTensor
+from fettle.workers import Workers
+
+FEWEST_TOKENS = 0.25  # of a linear's inputs; see the module's text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that a walk needs and that does not change while it runs."""
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    layout: Layout
+    windows: tuple[Tensor, ...]  # int64 [tokens] each; empty where no method declares a statistic
+    order: str  # "together" | "in_turn"
+    device: str
+    workers: Workers
+
+    @property
+    def last_data_unit(self) -> int:
+        """The last unit with a method that declares statistics; -1 where none does."""
+        return max((u.index for u in self.layout.units if any(c.method.statistics for c in u.compressed)), default=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the windows told about one group of linears with the same inputs."""
+
+    statistics: dict[str, Tensor]
+    tokens: int
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What compressing one linear gave."""
+
+    quantized: QuantizedTensor
+    line: LedgerLine
+
+
+def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: Job) -> Outcome:
+    """Calls the method on one weight (float32 [out, in]) and writes down what it cost."""
+    started = time.monotonic()
+    statistics = seen.statistics if seen is not None else {}
+    dtype = str(job.checkpoint.dtype).removeprefix("torch.")
+    try:
+        quantized = item.method.compress(weight, statistics, dtype=dtype)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{item.linear.weight_name}: {error}") from error
+    gram = statistics.get("gram")
+    error = weight_error(weight, quantized) if gram is None else output_error(weight, quantized, gram)
+    line = LedgerLine(
+        linear=item.linear.name,
+        block=item.linear.block,
+        role=item.linear.role,
+        method=item.method.name,
+        scheme=item.scheme.describe(),
+        error=error,
+        objective="weight_error" if gram is None else "output_error",
+        bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage),
+        seconds=time.monotonic() - started,
+        note=seen.note if seen is not None else "",
+    )
+    return Outcome(quantized=quantized, line=line)
+
+
+class Stream:
+    """The hidden states of every window before the current block; see the module's text."""
+
+    def __init__(self, job: Job, kept: list[Tensor] | None) -> None:
+        self.job = job
+        self.skeleton = Skeleton.build(job.checkpoint, job.anatomy, device=job.device)
+        # Embedding also records the arguments (masks, positions) that every block gets for a window of this length,
+        # so a resumed run embeds again; it then takes up the kept states.
+        embedded = [self.skeleton.embed(ids.unsqueeze(0)) for ids in job.windows]
+        self.skeleton.free_head()
+        self.hidden = embedded if kept is None else [state.to(job.device) for state in kept]
+
+    def checked_weight(self, linear: Linear) -> Tensor:
+        """The weight as it stands in the loaded block, float32 [out, in]; NonFiniteError names it."""
+        weight = self.skeleton.weight(linear)
+        check_finite(linear.weight_name, weight)
+        return weight.cpu()
+
+    def collect(self, block: int, stage: Sequence[Compression]) -> dict[str, Seen]:
+        """What the methods of these linears declared, by input group; runs every window through the block once."""
+        wanted = {item.linear.input_group: item.linear.shape[1] for item in stage if item.method.statistics}
+        declared = {
+            group: sorted({k for item in stage if item.linear.input_group == group for k in item.method.statistics})
+            for group in wanted
+        }
+        if not wanted:
+            return {}
+        states = {(g, k): STATISTICS[k].start(wanted[g]) for g, names in declared.items() for k in names}
+        tokens = dict.fromkeys(wanted, 0)
+        batch = 2 * max(1, self.job.workers.threads)  # bounds the inputs that are held at once
+        for first in range(0, len(self.hidden), batch):
+            taps = self.job.workers.map(
+                lambda hidden: self._tapped(block, hidden, frozenset(wanted)), self.hidden[first : first + batch]
+            )
+            for group, names in declared.items():
+                inputs = [tap[group] for tap in taps if group in tap]
+                tokens[group] += sum(len(x) for x in inputs)
+                for kind in names if inputs else ():
+                    STATISTICS[kind].add_(states[group, kind], inputs, self.job.workers)
+        return {group: self._seen(group, declared[group], states, tokens[group], wanted[group]) for group in wanted}
+
+    def _tapped(self, block: int, hidden: Tensor, groups: frozenset[str]) -> dict[str, Tensor]:
+        tap = Tap()
+        self.skeleton.run_block(block, hidden, tap)
+        return {group: inputs.cpu() for group, inputs in tap.inputs.items() if group in groups}
+
+    def _seen(
+        self, group: str, kinds: list[str], states: dict[tuple[str, str], object], tokens: int, in_features: int
+    ) -> Seen:
+        if tokens < FEWEST_TOKENS * in_features:
+            return Seen(
+                statistics={kind: STATISTICS[kind].neutral(in_features) for kind in kinds},
+                tokens=tokens,
+                note=f"saw {tokens} tokens, fewer than a quarter of its {in_features} inputs: compressed without "
+                "statistics",
+            )
+        found = {kind: STATISTICS[kind].finish(states[group, kind]) for kind in kinds}
+        for kind, value in found.items():
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(f"the inputs of {group} hold NaN or infinity ({kind}); check the block before it")
+        return Seen(statistics=found, tokens=tokens)
+
+    def outside_statistics(self, unit: Unit) -> dict[str, Seen]:
+        """The same for what stands outside the blocks, by the linear's name.
+
+        The head reads the final norm of the last block's outputs, and so does a tied embedding. An embedding of its own is looked
+        up, not multiplied: it has no inputs, and gets the neutral statistic.
+        """
+        found = {}
+        for item in unit.compressed:
+            kinds = sorted(item.method.statistics)
+            if not kinds:
+                continue
+            in_features = item.linear.shape[1]
+            if item.linear.role != "head" and not self.job.anatomy.tied:
+                neutral = {kind: STATISTICS[kind].neutral(in_features) for kind in kinds}
+                found[item.linear.name] = Seen(
+                    statistics=neutral, tokens=0, note="a table has no inputs: compressed without statistics"
+                )
+                continue
+            states = {(item.linear.name, kind): STATISTICS[kind].start(in_features) for kind in kinds}
+            tokens = 0
+            for hidden in self.hidden:
+                inputs = self.skeleton.head_inputs(hidden).flatten(0, 1).cpu()
+                tokens += len(inputs)
+                for kind in kinds:
+                    STATISTICS[kind].add_(states[item.linear.name, kind], [inputs], self.job.workers)
+            found[item.linear.name] = self._seen(item.linear.name, kinds, states, tokens, in_features)
+        return found
+
+    def run_on(self, block: int) -> None:
+        """Sends every window through the block as it stands now; NonFiniteError names the block."""
+
+        def one(index: int) -> None:
+            self.hidden[index] = self.skeleton.run_block(block, self.hidden[index])
+
+        self.job.workers.map(one, range(len(self.hidden)))
+        for index, state in enumerate(self.hidden):
+            if not torch.isfinite(state).all():
+                raise NonFiniteError(
+                    f"block {block} ({self.job.anatomy.blocks[block].name}) turns window {index} into NaN or infinity; "
+                    "its weights cannot compute this text in float32"
+                )

@@ -1,0 +1,145 @@
+"""The one layer walk: read a block, collect what its methods declared, call them, write, run on, free.
+
+    for each unit (a block, then what stands outside):
+        load        the block's tensors, from the base's shards
+        collect     the statistics that the methods of its linears declare, on inputs that already passed the
+                    compressed blocks before
+        compress    each linear: method(weight, statistics) → codes, independent linears side by side
+        swap        the compressed weight into the block
+        run         the windows through the compressed block: the next block's inputs
+        write       the shard, the inputs, one journal line, durably and in this order
+
+The walk never asks which method it runs: a method says what it needs, and the loop collects that. With
+`order: in_turn` the linears of a block are compressed in the order in which data meets them (query, key and value;
+output; gate and up; down), each group on inputs from the already compressed group before it: one more pass through the
+block for each group. With `together` all statistics come from one pass.
+
+Memory: one block in float32, its statistics, and the hidden states of the windows. Every floating-point sum has one
+order for any number of threads (`workers`), and nothing here depends on time or chance, so the same recipe writes the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fettle.models.anatomy import Linear
+from fettle.models.checkpoint import check_finite
+from fettle.models.writer import write_shard
+from fettle.pipeline.journal import Journal, LedgerLine, ShardRecord
+from fettle.pipeline.layout import Compression, Unit
+from fettle.pipeline.stream import Job, Outcome, Stream, compress_linear
+from fettle.progress import Progress
+
+def walk(job: Job, output: Path, journal: Journal, progress: Progress, *, last_unit: int | None = None) -> None:
+    """Compresses and writes every unit that `journal` does not have yet.
+
+    Args:
+        last_unit: stop after this unit (the plan runs one); None for all.
+
+    Raises:
+        NonFiniteError: a weight, an activation or a scale is NaN or infinite; names tensor and block.
+        DiskFullError: a shard does not fit; what is written stays, and the run resumes once there is room.
+    """
+    first = len(journal.records(output))
+    inputs = journal.load_inputs(first) if 0 < first <= job.last_data_unit else None
+    if inputs is None and 0 < first <= job.last_data_unit:
+        first = 0  # somebody removed the kept inputs: only the start of the model is known again
+    units = job.layout.units[first : None if last_unit is None else last_unit + 1]
+    stream: Stream | None = None
+    with job.workers, torch.no_grad(), progress.task("compressing", len(job.layout.units)) as task:
+        task.advance(first)
+        journal.keep(first, output)
+        if first <= job.last_data_unit and units:
+            stream = Stream(job, inputs)
+        for unit in units:
+            started = time.monotonic()
+            if stream is not None and unit.index > job.last_data_unit:
+                stream = None  # no later method looks at data: stop running the windows
+            tensors, lines = _compress_unit(job, unit, stream)
+            digests = {name: sha256(_raw_bytes(tensor)).hexdigest() for name, tensor in sorted(tensors.items())}
+            digest = write_shard(output, unit.shard, tensors)
+            del tensors
+            if stream is not None and unit.index < job.last_data_unit:  # kept before the journal says so
+                journal.save_inputs(unit.index + 1, stream.hidden)
+            journal.append(
+                ShardRecord(
+                    unit=unit.index, shard=unit.shard, sha256=digest, bytes=unit.bytes, tensors=digests,
+                    ledger=[line.deterministic() | {"seconds": line.seconds} for line in lines],
+                    seconds=time.monotonic() - started,
+                )
+            )  # fmt: skip
+            journal.drop_inputs(before=unit.index + 1)
+            task.advance()
+
+
+def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[str, Tensor], list[LedgerLine]]:
+    """The tensors of one shard, and a ledger line for each linear in it."""
+    tensors = {name: _kept_tensor(job, name) for name in unit.kept}
+    if unit.block is not None and stream is not None:
+        outcomes = _compress_block(job, unit, stream)
+    else:
+        inputs = stream.outside_statistics(unit) if stream is not None else {}
+        outcomes = job.workers.map(
+            lambda c: compress_linear(c, _checked_weight(job, c.linear), inputs.get(c.linear.name), job), unit.compressed
+        )
+    for outcome in outcomes:
+        for local, tensor in outcome.quantized.to_state(job.layout.storage).items():
+            tensors[f"{outcome.line.linear}.{local}"] = tensor
+    return tensors, [outcome.line for outcome in outcomes]
+
+
+def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
+    assert unit.block is not None
+    stream.skeleton.load_block(unit.block)
+    outcomes: list[Outcome] = []
+    for stage in _stages(unit.compressed, job.order):
+        statistics = stream.collect(unit.block, stage)
+        solved = job.workers.map(
+            lambda c, seen=statistics: compress_linear(
+                c, stream.checked_weight(c.linear), seen.get(c.linear.input_group), job
+            ),
+            stage,
+        )
+        for item, outcome in zip(stage, solved, strict=True):
+            stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
+        outcomes.extend(solved)
+    if unit.index < job.last_data_unit:
+        stream.run_on(unit.block)
+    stream.skeleton.free_block(unit.block)
+    return outcomes
+
+
+def _stages(compressed: tuple[Compression, ...], order: str) -> list[list[Compression]]:
+    """The linears of a block in the order in which data meets them, those that read the same inputs together."""
+    if order == "together":
+        return [list(compressed)]
+    stages: dict[str, list[Compression]] = {}
+    for item in compressed:
+        group = item.linear.input_group
+        if item.linear.expert is not None:  # all experts at once: what one reads does not pass another
+            group = re.sub(rf"\b{item.linear.expert}\b(?!.*\b{item.linear.expert}\b)", "*", group)
+        stages.setdefault(group, []).append(item)
+    return list(stages.values())
+
+
+def _kept_tensor(job: Job, name: str) -> Tensor:
+    tensor = job.checkpoint.read(name)
+    check_finite(name, tensor)
+    return tensor
+
+
+def _checked_weight(job: Job, linear: Linear) -> Tensor:
+    weight = job.checkpoint.read(linear.weight_name)
+    check_finite(linear.weight_name, weight)
+    return (weight.T if linear.slot.transposed else weight).float().contiguous()
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())

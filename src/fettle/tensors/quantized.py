@@ -1,0 +1,213 @@
+"""The one type that holds a compressed weight: codes, scales, zero points.
+
+    value[o, i] = (levels[codes[o, i]] - levels[zero_point[o, g]]) · scale[o, g]      g = i // group_size
+
+without a zero point the second term is left out. The product is rounded to the scale's type, as compressed-tensors'
+decompression does it: the difference of two codes is an integer below 256 in size, exact in every scale type, so its
+arithmetic in that type is one rounding of the exact product, and so is ours in float32 followed by one rounding.
+
+Everything works on tiles of rows, so temporaries stay at a few megabytes whatever the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fettle.errors import CheckpointError
+from fettle.tensors.packing import pack_bits, unpack_bits
+from fettle.tensors.scheme import Scheme
+
+TILE_WEIGHTS = 1 << 19  # weights worked on at once: 2 MB in float32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedTensor:
+    """A compressed weight [out, in].
+
+    Attributes:
+        codes: uint8 [out, in], index into `scheme.grid.levels`.
+        scale: `scheme.scale_dtype` [out, groups]; channel [out, 1]; tensor [1, 1].
+        zero_point: uint8 as `scale`, the code that stands for zero; None without.
+        scheme: what the three mean.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, [out, in]: rounded to the scale's type, then cast to `dtype`."""
+        weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for rows in row_tiles(*self.shape):
+            zero_point = None if self.zero_point is None else self._rows_of(self.zero_point, rows)
+            weight[rows] = dequantize_rows(self.codes[rows], self._rows_of(self.scale, rows), zero_point, self.scheme)
+        return weight
+
+    def nbytes(self, storage: str = "pack-quantized") -> int:
+        """Bytes on disk of everything that `to_state` returns."""
+        return self.scheme.stored_bytes(self.shape, storage)
+
+    def to_state(self, storage: str = "pack-quantized") -> dict[str, Tensor]:
+        """The stored tensors by their local names; see `scheme` for types and shapes.
+
+        Raises:
+            RecipeError: the storage cannot hold this scheme.
+        """
+        self.scheme.check_storage(storage)
+        bits = self.scheme.grid.bits
+        whole = self.scheme.granularity == "tensor"
+        if storage == "pack-quantized":
+            state = {
+                "weight_packed": pack_bits(self.codes, bits),
+                "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
+            }
+        else:
+            state = {"weight": _signed(self.codes, bits)}
+        state["weight_scale"] = self.scale.reshape(-1) if whole else self.scale.contiguous()
+        if self.zero_point is not None:
+            if storage == "pack-quantized" and not whole:
+                state["weight_zero_point"] = pack_bits(self.zero_point, bits, axis=0)
+            else:
+                signed = _signed(self.zero_point, bits)
+                state["weight_zero_point"] = signed.reshape(-1) if whole else signed
+        return state
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], scheme: Scheme, storage: str = "pack-quantized"
+    ) -> QuantizedTensor:
+        """The inverse of `to_state`.
+
+        Raises:
+            CheckpointError: a tensor is missing, or has another type or shape than the scheme says.
+            RecipeError: the storage cannot hold this scheme.
+        """
+        shape = stored_shape(state, scheme, storage)
+        bits = scheme.grid.bits
+        rows, groups = scheme.scale_shape(shape)
+        if storage == "pack-quantized":
+            codes = unpack_bits(state["weight_packed"], bits, shape[1])
+        else:
+            codes = _unsigned(state["weight"], bits)
+        zero_point = None
+        if scheme.zero_point:
+            stored = state["weight_zero_point"]
+            packed = stored.dtype == torch.int32
+            zero_point = unpack_bits(stored, bits, rows, axis=0) if packed else _unsigned(stored, bits)
+            zero_point = zero_point.reshape(rows, groups)
+        return cls(codes=codes, scale=state["weight_scale"].reshape(rows, groups), zero_point=zero_point, scheme=scheme)
+
+    def _rows_of(self, shared: Tensor, rows: slice) -> Tensor:
+        return shared if self.scheme.granularity == "tensor" else shared[rows]
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> QuantizedTensor:
+    """The nearest codes for given scales and zero points.
+
+    Args:
+        weight: [out, in], any floating type; untouched.
+        scale: `scheme.scale_dtype`, positive, in the shape of `scheme.scale_shape`.
+        zero_point: uint8 codes in the same shape, or None.
+        scheme: what they mean.
+    """
+    out_features, in_features = weight.shape
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    whole = scheme.granularity == "tensor"
+    for rows in row_tiles(out_features, in_features):
+        codes[rows] = quantize_rows(
+            weight[rows],
+            scale if whole else scale[rows],
+            None if zero_point is None else zero_point if whole else zero_point[rows],
+            scheme,
+        )
+    return QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, scheme=scheme)
+
+
+def quantize_rows(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """`quantize` for one tile: codes uint8 [rows, in] for a weight [rows, in] and scales [rows, groups]."""
+    in_features = weight.shape[1]
+    width = scheme.group_width(in_features)
+    grid = scheme.grid
+    units = weight.float() / expand_groups(scale.float(), in_features, width)  # a new tensor: changed in place below
+    if not grid.is_uniform:
+        return torch.bucketize(units, grid.midpoints(weight.device)).to(torch.uint8)
+    units.round_()
+    if zero_point is None:
+        units.add_(2 ** (grid.bits - 1))
+    else:
+        units.add_(expand_groups(zero_point.float(), in_features, width))
+    return units.clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
+    """The values of one tile, in the scale's type: codes [rows, in], scales [rows, groups] → [rows, in]."""
+    in_features = codes.shape[1]
+    width = scheme.group_width(in_features)
+    grid = scheme.grid
+    if grid.is_uniform:
+        values = codes.float()
+        if zero_point is None:
+            values.sub_(2 ** (grid.bits - 1))
+    else:
+        values = grid.table(device=codes.device)[codes.int()]
+    if zero_point is not None:
+        values.sub_(expand_groups(zero_point.float(), in_features, width))
+    return values.mul_(expand_groups(scale.float(), in_features, width)).to(scheme.torch_scale_dtype)
+
+
+def expand_groups(values: Tensor, in_features: int, width: int) -> Tensor:
+    """Each group's value for each of its columns: [rows, groups] → [rows, in], or [rows, 1] where one group is all."""
+    if values.shape[1] == 1:
+        return values
+    return values.repeat_interleave(width, dim=1)[:, :in_features]
+
+
+def row_tiles(out_features: int, in_features: int, weights: int = TILE_WEIGHTS) -> Iterator[slice]:
+    """Slices of rows that hold about `weights` weights each; the same for every number of threads."""
+    step = max(1, weights // max(1, in_features))
+    return (slice(start, min(start + step, out_features)) for start in range(0, out_features, step))
+
+
+def stored_shape(state: Mapping[str, Tensor], scheme: Scheme, storage: str) -> tuple[int, int]:
+    """The weight's shape that a state says, once everything in it agrees with the scheme.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another type or shape than the scheme says.
+    """
+    scheme.check_storage(storage)
+    source = "weight_shape" if storage == "pack-quantized" else "weight"
+    if source not in state:
+        raise CheckpointError(f"a weight stored as {storage} needs the tensor {source}; there are {sorted(state)}")
+    told = state[source].tolist() if storage == "pack-quantized" else list(state[source].shape)
+    if len(told) != 2 or min(told) < 1:
+        raise CheckpointError(f"{source} says the shape {told}; a compressed weight is a matrix [out, in]")
+    shape = (int(told[0]), int(told[1]))
+    for name, (dtype, dimensions) in scheme.state_spec(shape, storage).items():
+        found = state.get(name)
+        if found is None:
+            raise CheckpointError(f"the tensor {name} is missing; {scheme.describe()} needs it. There are {sorted(state)}")
+        if found.dtype != dtype or tuple(found.shape) != dimensions:
+            raise CheckpointError(
+                f"{name} is {found.dtype} {list(found.shape)}; a weight {list(shape)} in {scheme.describe()} has "
+                f"{dtype} {list(dimensions)}"
+            )
+    return shape
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes as the standard's int8 numbers: 0 … 2**bits-1 becomes -2**(bits-1) … 2**(bits-1)-1."""
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def _unsigned(numbers: Tensor, bits: int) -> Tensor:
+    return (numbers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)

@@ -1,0 +1,175 @@
+"""How a weight is stored: grid, who shares a scale, the scale's type, zero point or none; and exactly how many bytes.
+
+    out ┌────────── in ──────────┐
+        │ group 0 │ group 1 │ g2 │   one scale (and zero point) for each row and group;
+        │ group 0 │ group 1 │ g2 │   the last group may be shorter
+        └────────────────────────┘
+
+Two storages, both of the compressed-tensors standard (what its loaders cannot say, such as a short last group, is laid
+out in the same way and marked as fettle's own by `models/storage.py`):
+
+    pack-quantized   weight_packed int32 [out, ⌈in·bits/32⌉] · weight_shape int64 [2] · weight_scale [out, groups]
+                     weight_zero_point int32 [⌈out·bits/32⌉, groups]   (for "tensor": int8 [1], the standard leaves it)
+    int-quantized    weight int8 [out, in] · weight_scale · weight_zero_point int8 [out, groups]   (8 bits only)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+
+from fettle.errors import RecipeError, unknown_word
+from fettle.tensors.grid import Grid
+
+Granularity = Literal["tensor", "channel", "group"]
+Storage = Literal["pack-quantized", "int-quantized"]
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How codes stand for a weight [out, in].
+
+    Attributes:
+        grid: the levels.
+        granularity: what shares a scale: the whole tensor, an output channel (row), or a group of a row's columns.
+        group_size: columns a group, with "group" only; need not divide the row.
+        zero_point: whether each scale comes with the code that stands for zero (asymmetric; uniform grids only).
+        scale_dtype: "float16", "bfloat16" or "float32".
+    """
+
+    grid: Grid
+    granularity: Granularity
+    group_size: int | None = None
+    zero_point: bool = False
+    scale_dtype: str = "float32"
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """`scale_dtype` as torch says it."""
+        return SCALE_DTYPES[self.scale_dtype]
+
+    def validate(self) -> None:
+        """Checks that the parts fit together.
+
+        Raises:
+            RecipeError: they do not; says what, the value, the allowed set.
+        """
+        if self.granularity not in get_args(Granularity):
+            raise RecipeError(unknown_word("granularity", str(self.granularity), get_args(Granularity)))
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise RecipeError(unknown_word("scale_dtype", str(self.scale_dtype), SCALE_DTYPES))
+        size = self.group_size
+        if self.granularity == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise RecipeError(
+                f"group_size={size!r} cannot be with granularity 'group'; allowed: integers from 1. Try group_size: 32, "
+                "or granularity: channel for one scale a row"
+            )
+        if self.granularity != "group" and size is not None:
+            raise RecipeError(
+                f"group_size={size!r} belongs to granularity 'group', got granularity {self.granularity!r}; leave it out"
+            )
+        if self.zero_point and not self.grid.is_uniform:
+            raise RecipeError(f"a zero point needs the uniform grid, got {self.grid.name!r}; use asymmetric: false")
+
+    def group_count(self, in_features: int) -> int:
+        """Scales a row."""
+        return math.ceil(in_features / self.group_size) if self.group_size is not None else 1
+
+    def group_width(self, in_features: int) -> int:
+        """Columns that share a scale in every group but the last; the whole row without groups."""
+        return min(self.group_size, in_features) if self.group_size is not None else in_features
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape of `QuantizedTensor.scale`: [out, groups], or [1, 1] for the whole tensor."""
+        return (1, 1) if self.granularity == "tensor" else (shape[0], self.group_count(shape[1]))
+
+    def state_spec(self, shape: tuple[int, int], storage: str = "pack-quantized") -> dict[str, TensorSpec]:
+        """Name, type and shape of every stored tensor of a weight [out, in].
+
+        Raises:
+            RecipeError: the storage is unknown or cannot hold this scheme.
+        """
+        self.check_storage(storage)
+        out_features, in_features = shape
+        bits = self.grid.bits
+        rows, groups = self.scale_shape(shape)
+        scale_shape = (1,) if self.granularity == "tensor" else (rows, groups)
+        spec: dict[str, TensorSpec] = {}
+        if storage == "pack-quantized":
+            spec["weight_packed"] = (torch.int32, (out_features, math.ceil(in_features * bits / 32)))
+            spec["weight_shape"] = (torch.int64, (2,))
+        else:
+            spec["weight"] = (torch.int8, (out_features, in_features))
+        spec["weight_scale"] = (self.torch_scale_dtype, scale_shape)
+        if self.zero_point:
+            packed = storage == "pack-quantized" and self.granularity != "tensor"
+            spec["weight_zero_point"] = (
+                (torch.int32, (math.ceil(rows * bits / 32), groups)) if packed else (torch.int8, scale_shape)
+            )
+        return spec
+
+    def check_storage(self, storage: str) -> None:
+        """Checks that `storage` can hold this scheme.
+
+        Raises:
+            RecipeError: it cannot.
+        """
+        if storage not in get_args(Storage):
+            raise RecipeError(unknown_word("storage", storage, get_args(Storage)))
+        if storage == "int-quantized" and not (self.grid.bits == 8 and self.grid.is_uniform):
+            raise RecipeError(
+                f"storage int-quantized holds uniform codes of 8 bits, got {self.describe()}; use storage: "
+                "pack-quantized or bits: 8"
+            )
+
+    def stored_bytes(self, shape: tuple[int, int], storage: str = "pack-quantized") -> int:
+        """Bytes on disk of a weight [out, in]: codes, scales, zero points and the shape tensor, exactly."""
+        spec = self.state_spec(shape, storage).values()
+        return sum(dtype.itemsize * math.prod(dimensions) for dtype, dimensions in spec)
+
+    def bits_per_weight(self, shape: tuple[int, int], storage: str = "pack-quantized") -> float:
+        """Everything stored, in bits, over the number of weights."""
+        return 8 * self.stored_bytes(shape, storage) / math.prod(shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads back."""
+        return {
+            "grid": self.grid.to_dict(),
+            "granularity": self.granularity,
+            "group_size": self.group_size,
+            "zero_point": self.zero_point,
+            "scale_dtype": self.scale_dtype,
+        }
+
+    @classmethod
+    def from_dict(cls, mapping: dict[str, Any]) -> Scheme:
+        """The inverse of `to_dict`.
+
+        Raises:
+            RecipeError: an unknown key, or parts that do not fit together.
+        """
+        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype")
+        for key in mapping:
+            if key not in allowed:
+                raise RecipeError(unknown_word("key of a scheme", str(key), allowed))
+        scheme = cls(
+            grid=Grid.from_dict(mapping.get("grid", {})),
+            granularity=cast(Granularity, mapping.get("granularity")),
+            group_size=mapping.get("group_size"),
+            zero_point=bool(mapping.get("zero_point", False)),
+            scale_dtype=str(mapping.get("scale_dtype", "float32")),
+        )
+        scheme.validate()
+        return scheme
+
+    def describe(self) -> str:
+        """For people: "int4, group 32, zero point, bfloat16 scale"."""
+        grid = f"int{self.grid.bits}" if self.grid.is_uniform else f"{self.grid.name} {self.grid.bits} bits"
+        shared = f"group {self.group_size}" if self.granularity == "group" else f"a scale a {self.granularity}"
+        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} scale"

@@ -1,0 +1,244 @@
+"""Every verb, run for real on a tiny model: what it prints, its JSON, its exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fettle.cli.main import main
+
+SMALL = ["--windows", "8", "--length", "64"]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    capsys.readouterr()
+    code = main([*map(str, arguments), "--json"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    found: dict[str, Any] = json.loads(said.out)
+    assert (found["schema"], found["command"]) == (1, arguments[0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compressed") / "small"
+    flags = ["--method", "gptq", "--bits", "4", "--group-size", "32", "--asymmetric", "--no-evaluate"]
+    assert main(["compress", str(tiny_llama), "-o", str(folder), *flags, "--calibration", str(text_file), *SMALL]) == 0
+    return folder
+
+
+def test_compress_writes_the_folder_and_says_what_is_next(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compress", str(tiny_llama), "-o", str(tmp_path / "out"), "--recipe", "round-to-nearest-4bit"]
+    assert main([*arguments, "--no-evaluate"]) == 0
+    shown = capsys.readouterr().out
+    assert (tmp_path / "out" / "fettle.json").is_file()
+    assert (tmp_path / "out.run" / "report.html").is_file()
+    assert "times smaller" in shown
+    assert "Next: fettle evaluate" in shown
+    assert main([*arguments, "--no-evaluate"]) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_compress_says_which_text_it_uses(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--method", "gptq", "--no-evaluate", *SMALL]
+    main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), *flags])
+    assert "the embedded text" in capsys.readouterr().err
+
+
+def test_compress_json_holds_the_summary(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["-o", tmp_path / "out", "--method", "round_to_nearest", "--no-evaluate"]
+    found = run_json(capsys, "compress", tiny_llama, *flags)
+    assert found["already_finished"] is False
+    assert found["summary"] == json.loads((tmp_path / "out.run" / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_a_changed_run_is_refused_by_name(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "compress",
+        str(tiny_llama),
+        "-o",
+        str(tmp_path / "out"),
+        "--method",
+        "round_to_nearest",
+        "--no-evaluate",
+    ]
+    assert main([*arguments, "--bits", "4"]) == 0
+    assert main([*arguments, "--bits", "3"]) == 2
+    assert "bits" in capsys.readouterr().err
+    assert main([*arguments, "--bits", "3", "--fresh"]) == 0
+
+
+def test_plan_predicts_what_compress_writes(
+    tiny_llama: Path, compressed: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [
+        "--method",
+        "gptq",
+        "--bits",
+        "4",
+        "--group-size",
+        "32",
+        "--asymmetric",
+        "--calibration",
+        text_file,
+        *SMALL,
+    ]
+    found = run_json(capsys, "plan", tiny_llama, *flags)
+    assert found["output_bytes"] == sum(p.stat().st_size for p in compressed.glob("*.safetensors"))
+    assert main(["plan", str(tiny_llama), *map(str, flags)]) == 0
+    assert f"{found['output_bytes']:,}" in capsys.readouterr().out
+
+
+def test_evaluate_measures_against_the_original(
+    tiny_llama: Path, compressed: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    flags = ["--reference", tiny_llama, "--text", text_file, "--length", 64, "--max-tokens", 512]
+    found = run_json(capsys, "evaluate", compressed, *flags, "--report", page)
+    stable = (
+        "perplexity reference_perplexity bits_per_byte kl_mean kl_median kl_p99 kl_max top1_agreement bits_per_weight"
+    )
+    assert {*stable.split(), "model_bits_per_weight", "bytes", "tokens"} <= set(found)
+    assert 0 < found["kl_mean"] < found["kl_max"]
+    assert page.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html")
+    assert main(["evaluate", str(compressed), *map(str, flags), "--no-report"]) == 0
+    shown = capsys.readouterr().out
+    assert "top-1 agreement" in shown
+    assert "worst tokens" in shown
+
+
+def test_the_gate_opens_and_shuts(
+    tiny_llama: Path, compressed: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--reference", str(tiny_llama), "--text", str(text_file), "--length", "64", "--max-tokens", "256"]
+    arguments = ["evaluate", str(compressed), *flags, "--no-report", "--json"]
+    assert main([*arguments, "--max-kl", "1000"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--max-kl", "1e-9"]) == 5
+    said = capsys.readouterr()
+    assert json.loads(said.out)["kl_mean"] > 1e-9
+    assert "above --max-kl 1e-09" in said.err
+
+
+def test_the_model_against_itself_loses_nothing(
+    tiny_llama: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--reference", tiny_llama, "--text", text_file, "--length", 64, "--max-tokens", 256, "--no-report"]
+    found = run_json(capsys, "evaluate", tiny_llama, *flags)
+    assert found["kl_max"] == 0
+    assert found["top1_agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-kl", "1"], "--max-kl needs --reference"),
+        (["--reference", "x", "--max-kl", "-1"], "it must be 0 or more"),
+        (["--report", "a.html", "--no-report"], "exclude each other"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_evaluate_refuses(tiny_llama: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tiny_llama), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_generate_streams_what_json_holds(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(compressed), "def fox(a):", "--max-new-tokens", "8"]
+    found = run_json(capsys, *arguments)
+    assert len(found["tokens"]) <= 8
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"def fox(a):{found['text']}\n"
+
+
+def test_generate_refuses_an_impossible_temperature(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(compressed), "x", "--temperature", "-1"]) == 2
+    assert "temperature is -1.0" in capsys.readouterr().err
+
+
+def test_inspect_tells_schemes_and_bytes(
+    tiny_llama: Path, compressed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = (run_json(capsys, "inspect", folder) for folder in (tiny_llama, compressed))
+    assert [len(block["linears"]) for block in before["blocks"]] == [7, 7]
+    assert before["blocks"][0]["linears"][0]["scheme"] == "bfloat16"
+    assert "int4" in after["blocks"][0]["linears"][0]["scheme"]
+    assert after["bytes"] < before["bytes"]
+    assert main(["inspect", str(compressed)]) == 0
+    shown = capsys.readouterr().out
+    assert "blocks 0 to 1, each" in shown
+    assert "172 × 64" in shown
+
+
+def test_methods_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_json(capsys, "methods")
+    assert {"gptq", "round_to_nearest"} <= {method["name"] for method in found["methods"]}
+    assert main(["methods", "gptq"]) == 0
+    shown = capsys.readouterr().out
+    fields = next(method["fields"] for method in found["methods"] if method["name"] == "gptq")
+    assert all(field["name"] in shown for field in fields)
+    assert main(["methods", "gtpq"]) == 2
+    assert "did you mean 'gptq'" in capsys.readouterr().err
+
+
+def test_report_takes_folders_and_json(
+    tiny_llama: Path, compressed: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--reference", tiny_llama, "--text", text_file, "--length", 64, "--max-tokens", 256, "--no-report"]
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text(json.dumps(run_json(capsys, "evaluate", compressed, *flags)), encoding="utf-8")
+    found = run_json(capsys, "report", compressed, evaluation, "-o", tmp_path / "page.html")
+    assert found["results"] == 2
+    assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "does not exist"), ("{", "is no JSON"), ('{"a": 1}', "is no result of fettle"), ("[]", "is no result")],
+)
+def test_report_refuses_what_is_no_result(
+    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert main(["report", str(path), "-o", str(tmp_path / "page.html")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_damaged_model_is_exit_code_4(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    shard = broken / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert main(["inspect", str(broken)]) == 4
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_compares_and_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "bits per weight",
+        "perplexity",
+        "KL to the original",
+        "top-1",
+        "seconds",
+        "peak memory",
+        "original, after",
+    ):
+        assert word in shown
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "demo-out" / "fettle.json").is_file()

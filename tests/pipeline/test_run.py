@@ -1,0 +1,255 @@
+"""A whole compression: what it writes, how it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import fettle
+from fettle.errors import CheckpointError, DiskFullError, NonFiniteError, ResumeError, UsageError
+from fettle.models.checkpoint import Checkpoint
+from fettle.pipeline.journal import run_folder
+from fettle.pipeline.recipe import parse_recipe
+from fettle.pipeline.run import prepare
+
+from .conftest import digests, make_recipe
+
+
+def test_the_written_folder_is_whole_and_says_what_it_is(tiny_llama, small_recipe, tmp_path):
+    result = fettle.compress(tiny_llama, tmp_path / "out", small_recipe, evaluate=False)
+    names = {p.name for p in result.folder.iterdir()}
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "README.md", "fettle.json"} <= names
+    marker = json.loads((result.folder / "fettle.json").read_text())
+    assert marker["recipe"]["name"] == "small"
+    checkpoint = Checkpoint.open(result.folder)
+    assert checkpoint.verify_hashes() == len(checkpoint.entries)
+    assert len(marker["ledger"]) == 2 * 7
+    assert all(0 < line["error"] < 0.2 for line in marker["ledger"])
+    assert not list(run_folder(result.folder).glob("inputs-*"))  # nothing large is left behind
+
+
+def test_plan_predicts_the_bytes_exactly(tiny_llama, text_file, tmp_path):
+    for changes in ({}, {"bits": 3, "group_size": 24}, {"asymmetric": False, "group_size": None, "bits": 8}):
+        recipe = make_recipe(text_file, **changes)
+        plan = fettle.plan(tiny_llama, recipe)
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        fettle.compress(tiny_llama, out, recipe, evaluate=False)
+        written = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+        assert plan.output_bytes == written
+        assert plan.shards == {p.name: p.stat().st_size for p in sorted(out.glob("*.safetensors"))}
+
+
+def test_threads_and_repetition_do_not_change_a_byte(tiny_llama, small_recipe, tmp_path):
+    for threads in (1, 2, 2):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}" / "model"
+        fettle.compress(tiny_llama, out, small_recipe, threads=threads)
+    first, *others = [digests(p / "model") for p in sorted(tmp_path.iterdir())]
+    assert all(other == first for other in others)
+
+
+def test_a_finished_run_is_not_done_again(tiny_llama, small_recipe, tmp_path):
+    first = fettle.compress(tiny_llama, tmp_path / "out", small_recipe)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = fettle.compress(tiny_llama, tmp_path / "out", small_recipe)
+    assert again.resumed_whole and not first.resumed_whole
+    assert again.evaluation == first.evaluation
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+KILLED = """
+    import os, sys
+    from pathlib import Path
+    import fettle
+    from tests.pipeline.conftest import make_recipe
+    limit, calls, real = int(sys.argv[4]), 0, os.fsync
+
+    def fsync(descriptor):
+        global calls
+        calls += 1
+        if calls == limit:
+            os.kill(os.getpid(), 9)
+        real(descriptor)
+
+    os.fsync = fsync
+    fettle.compress(sys.argv[1], sys.argv[2], make_recipe(Path(sys.argv[3])), evaluate=False, threads=1)
+    print(calls)
+"""
+
+
+def killed_run(model: Path, out: Path, text: Path, at: int) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(model), str(out), str(text), str(at)],
+        cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+
+
+def check_kill_and_resume(model: Path, text: Path, folder: Path, at: int, expected: dict[str, str]) -> None:
+    out = folder / f"killed-{at}" / "model"
+    run = killed_run(model, out, text, at)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (out / "fettle.json").exists()
+    if not (out / "config.json").exists():
+        with pytest.raises(CheckpointError):
+            Checkpoint.open(out)  # it does not look finished
+    fettle.compress(model, out, make_recipe(text), evaluate=False)
+    assert digests(out) == expected
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama, text_file, tmp_path_factory):
+    """The digests of a run that nobody kills, and how many durable writes it makes."""
+    out = tmp_path_factory.mktemp("whole") / "model"
+    run = killed_run(tiny_llama, out, text_file, -1)
+    assert run.returncode == 0, run.stderr
+    return digests(out), int(run.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_llama, text_file, undisturbed, tmp_path, share):
+    expected, writes = undisturbed
+    check_kill_and_resume(tiny_llama, text_file, tmp_path, max(1, round(share * writes)), expected)
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_durable_write_resumes_to_the_same_bytes(tiny_llama, text_file, undisturbed, tmp_path):
+    expected, writes = undisturbed
+    for at in range(1, writes + 1):
+        check_kill_and_resume(tiny_llama, text_file, tmp_path, at, expected)
+
+
+@pytest.fixture()
+def interrupted(tiny_llama, text_file, tmp_path):
+    """A folder with a run that was killed half way."""
+    out = tmp_path / "model"
+    assert killed_run(tiny_llama, out, text_file, 8).returncode == -signal.SIGKILL
+    return out
+
+
+def test_a_resumed_run_must_be_the_same_run(tiny_llama, text_file, interrupted, tmp_path):
+    with pytest.raises(ResumeError, match=r"recipe.steps\[0\].bits: was 4, is now 3"):
+        fettle.compress(tiny_llama, interrupted, make_recipe(text_file, bits=3), evaluate=False)
+    recipe = make_recipe(text_file)
+    seeded = parse_recipe(recipe.to_dict() | {"calibration": recipe.to_dict()["calibration"] | {"seed": 1}}, "test")
+    with pytest.raises(ResumeError, match="calibration.seed: was 0, is now 1"):
+        fettle.compress(tiny_llama, interrupted, seeded, evaluate=False)
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(text_file.read_text() + "\n# another end\n")
+    with pytest.raises(ResumeError, match="text: was"):
+        fettle.compress(tiny_llama, interrupted, make_recipe(other_text), evaluate=False)
+    other_model = tmp_path / "other-model"
+    shutil.copytree(tiny_llama, other_model)
+    config = json.loads((other_model / "config.json").read_text())
+    (other_model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    with pytest.raises(ResumeError, match="model.config.json: was"):
+        fettle.compress(other_model, interrupted, recipe, evaluate=False)
+    fettle.compress(tiny_llama, interrupted, make_recipe(text_file, bits=3), evaluate=False, fresh=True)
+    assert json.loads((interrupted / "fettle.json").read_text())["recipe"]["steps"][0]["bits"] == 3
+
+
+def test_lost_inputs_start_the_run_over_with_the_same_bytes(tiny_llama, text_file, undisturbed, interrupted):
+    for path in run_folder(interrupted).glob("inputs-*"):
+        path.unlink()
+    fettle.compress(tiny_llama, interrupted, make_recipe(text_file), evaluate=False)
+    assert digests(interrupted) == undisturbed[0]
+
+
+def test_a_shard_that_was_cut_short_is_written_again(tiny_llama, text_file, undisturbed, interrupted):
+    shard = sorted(interrupted.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    fettle.compress(tiny_llama, interrupted, make_recipe(text_file), evaluate=False)
+    assert digests(interrupted) == undisturbed[0]
+
+
+def test_a_full_disk_is_told_before_any_work_and_resumes(tiny_llama, small_recipe, tmp_path, monkeypatch, undisturbed):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    out = tmp_path / "model"
+    with pytest.raises(DiskFullError, match=r"model-00001-of-00003.safetensors.*bytes are missing"):
+        fettle.compress(tiny_llama, out, small_recipe, evaluate=False)
+    monkeypatch.undo()
+    fettle.compress(tiny_llama, out, small_recipe, evaluate=False)
+    assert digests(out) == undisturbed[0]
+
+
+def test_foreign_folders_are_left_alone(tiny_llama, small_recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match="not empty"):
+            fettle.compress(tiny_llama, tmp_path / "mine", small_recipe, fresh=fresh)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not lose"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        fettle.compress(tiny_llama, tmp_path / "file", small_recipe)
+
+
+def corrupted(model: Path, folder: Path, value: float) -> Path:
+    """A copy of the model with one weight of block 1 set to `value`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[5] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_stops_the_run_by_name(tiny_llama, text_file, tmp_path, value):
+    model = corrupted(tiny_llama, tmp_path / "bad", value)
+    for method in ("gptq", "round_to_nearest"):
+        recipe = parse_recipe(
+            {"steps": [{"method": method}], "calibration": {"windows": 2, "length": 16, "text": str(text_file)}}, "t"
+        )
+        with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+            fettle.compress(model, tmp_path / method, recipe, evaluate=False)
+
+
+def test_activations_that_overflow_stop_the_run_by_block(tiny_llama, text_file, tmp_path):
+    model = corrupted(tiny_llama, tmp_path / "big", 3e38)
+    recipe = make_recipe(text_file)
+    with pytest.raises(NonFiniteError, match="block 1|layers.1"):
+        fettle.compress(model, tmp_path / "out", recipe, evaluate=False)
+
+
+def test_a_compressed_model_is_not_compressed_again(tiny_llama, small_recipe, tmp_path):
+    fettle.compress(tiny_llama, tmp_path / "once", small_recipe, evaluate=False)
+    with pytest.raises(UsageError, match="compressed already"):
+        prepare(tmp_path / "once", small_recipe)
+
+
+def test_sigterm_stops_within_seconds_and_the_run_resumes(tiny_llama, text_file, undisturbed, tmp_path):
+    out = tmp_path / "model"
+    script = KILLED.replace("os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)")
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tiny_llama), str(out), str(text_file), "8"],
+        cwd=root, capture_output=True, text=True, check=False, timeout=60, env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "InterruptedRunError: stopped by SIGTERM" in run.stderr
+    fettle.compress(tiny_llama, out, make_recipe(text_file), evaluate=False)
+    assert digests(out) == undisturbed[0]
+
+
+def test_embedding_and_head_are_compressed_by_name_and_tied_once(tiny_llama, text_file, tmp_path):
+    steps = [{"method": "round_to_nearest", "bits": 8, "where": {"role": ["embedding"]}}]
+    recipe = parse_recipe({"steps": steps}, "t")
+    fettle.compress(tiny_llama, tmp_path / "out", recipe, evaluate=False)
+    loaded = fettle.load(tmp_path / "out")
+    ids = torch.arange(20).unsqueeze(0)
+    original = fettle.load(tiny_llama).model(ids).logits
+    close = loaded.model(ids).logits
+    assert not torch.equal(original, close)
+    assert torch.nn.functional.cosine_similarity(original.flatten(), close.flatten(), dim=0) > 0.999
