@@ -16,7 +16,7 @@ times slower than float32; hence the few lines of our own.
 Reproducible: seed, file order and split are fixed; the corpus hash goes into the model card. A killed run resumes from
 its last checkpoint with the same batches.
 
-    python tools/train_reference.py --out build/reference --steps 2400
+    python tools/train_reference.py --out build/reference --steps 2000
 """
 
 from __future__ import annotations
@@ -182,9 +182,9 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int, checkpoint: Path, device: str
+    model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int, stop: int, checkpoint: Path, device: str
 ) -> list[float]:
-    """Trains in float32 for `steps` batches; resumes from `checkpoint`; returns the loss (nats a token) of each step."""
+    """Trains in float32 for `stop` batches of a schedule of `steps`; resumes from `checkpoint`; returns the loss (nats a token) of each step."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimisers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -200,7 +200,7 @@ def train(
             next(batches)
     started = time.monotonic()
     first = len(losses)
-    for step in range(first, steps):
+    for step in range(first, stop):
         for optimiser, rate in zip(optimisers, base_rates, strict=True):
             optimiser.param_groups[0]["lr"] = rate * learning_rate_factor(step, steps)
         batch = next(batches).to(device)
@@ -213,8 +213,8 @@ def train(
         losses.append(loss.item())
         if step % 10 == 0:
             pace = (time.monotonic() - started) / (step - first + 1)
-            print(f"step {step} loss {np.mean(losses[-20:]):.4f} {pace:.2f} s/step, {pace * (steps - step) / 60:.0f} min left", flush=True)  # fmt: skip  # noqa: E501
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+            print(f"step {step} loss {np.mean(losses[-20:]):.4f} {pace:.2f} s/step, {pace * (stop - step) / 60:.0f} min left", flush=True)  # fmt: skip  # noqa: E501
+        if (step + 1) % 50 == 0 or step + 1 == stop:
             temporary = checkpoint.with_suffix(".tmp")
             torch.save(
                 {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "losses": losses},
@@ -276,10 +276,10 @@ project so that its main job and its tests run on real, trained weights. It is n
 | training data | {train_files:,} Python modules, {train_bytes:,} bytes: the standard library without its tests, and {dependencies} |
 | held-out data | {held_files:,} modules, {held_bytes:,} bytes, split by file; none was seen in training |
 | corpus SHA-256 | `{corpus_sha256}` |
-| steps, tokens | {steps:,} steps of {batch_size} windows of 512, {tokens:,} tokens |
+| steps, tokens | {steps:,} steps (of a schedule of {schedule:,}) of {batch_size} windows of 512, {tokens:,} tokens |
 | optimiser | Muon for matrices, AdamW for the rest, seed {seed} |
 | training loss, mean of the last 50 steps | {loss:.4f} nats a token |
-| held-out, bits a byte (weights as shipped; windows of 512, 128 apart) | {bits:.4f} |
+| held-out, bits a byte (weights as shipped; windows of 512, 256 apart) | {bits:.4f} |
 | held-out, bits a byte, windows that do not overlap | {plain_bits:.4f} |
 | `xz -9e` on the same bytes, all modules in one stream | {xz_bits:.4f} |
 | better than xz by | {gain:.1%} |
@@ -292,7 +292,8 @@ library (Python Software Foundation License), shipped for evaluation and calibra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--stop", type=int, default=None, help="end after this step of the schedule of --steps")
     parser.add_argument("--batch-size", type=int, default=8, help="windows a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -316,7 +317,8 @@ def main() -> None:
 
     model = build_model(vocab_size=4096).to(args.device)
     batches = window_batches(stream, tokenizer.bos_token_id, args.batch_size, args.seed)
-    losses = train(model, batches, args.steps, args.out / "checkpoint.pt", args.device)
+    stop = args.stop or args.steps
+    losses = train(model, batches, args.steps, stop, args.out / "checkpoint.pt", args.device)
     model = model.to("cpu", torch.bfloat16)
     model.save_pretrained(args.out)
     (args.out / "heldout.txt").write_text(sample_text(held_out, 400_000), encoding="utf-8")
@@ -325,13 +327,13 @@ def main() -> None:
     held_texts = [text for _, text in held_out]
     held_bytes = "".join(held_texts).encode()
     model = model.float().eval()
-    bits, plain_bits = (bits_per_byte(model, tokenizer, held_texts, stride) for stride in (128, WINDOW - 1))
+    bits, plain_bits = (bits_per_byte(model, tokenizer, held_texts, stride) for stride in (256, WINDOW - 1))
     xz_bits = 8 * len(lzma.compress(held_bytes, preset=9 | lzma.PRESET_EXTREME)) / len(held_bytes)
     facts = {
         "parameters": model.num_parameters(), "vocab_size": len(tokenizer), "train_files": len(training),
         "train_bytes": sum(len(t.encode()) for t in texts), "dependencies": ", ".join(DEPENDENCIES),
         "held_files": len(held_out), "held_bytes": len(held_bytes), "corpus_sha256": digest.hexdigest(),
-        "steps": args.steps, "batch_size": args.batch_size, "tokens": args.steps * args.batch_size * WINDOW,
+        "steps": stop, "schedule": args.steps, "batch_size": args.batch_size, "tokens": stop * args.batch_size * WINDOW,
         "seed": args.seed, "loss": float(np.mean(losses[-50:])), "bits": bits, "plain_bits": plain_bits, "xz_bits": xz_bits,
         "gain": 1 - bits / xz_bits, "heldout_name": "heldout.txt", "calibration_name": "calibration.txt",
     }  # fmt: skip

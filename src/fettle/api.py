@@ -165,7 +165,7 @@ def evaluate(
     if tokenizer is None:
         raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
     windows = evaluation_windows(
-        tokenizer, read_text(None if text is None else str(text), held_out=True), length=length, max_tokens=max_tokens
+        tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens
     )
     base = resolve(reference) if reference is not None else None
     return evaluate_streaming(

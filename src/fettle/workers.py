@@ -22,7 +22,9 @@ import torch
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
-_inside = threading.local()  # .worker is True in a pool's thread: a nested map runs inline, so it cannot wait for itself
+_inside = (
+    threading.local()
+)  # .worker is True in a pool's thread: a nested map runs inline, so it cannot wait for itself
 
 
 def available_threads() -> int:
@@ -66,7 +68,7 @@ class Workers:
             torch.set_num_threads(self._outer_threads)
 
     def map(self, function: Callable[[Item], Out], items: Iterable[Item]) -> list[Out]:
-        """Results in the order of the items. The first failing item's exception is raised; pieces not begun are dropped.
+        """Results in the order of the items; the first failing item's exception, and then pieces not begun are dropped.
 
         The pieces must not write where another reads. Gradient mode is the caller's. Outside the context, with one
         thread, or inside another piece, everything runs inline.

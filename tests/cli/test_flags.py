@@ -84,6 +84,9 @@ def test_an_unknown_flag_gets_its_nearest_spelling() -> None:
         ("minmax", Literal["minmax", "search"], "minmax"),
         ("auto", float | Literal["auto"], "auto"),
         ("0.1", float | Literal["auto"], 0.1),
+        ("none", Literal["none", "search"], "none"),
+        ("none", Literal["search"] | None, None),
+        ("2", Literal[2, 4], 2),
     ],
 )
 def test_conversion(text: Any, hint: Any, value: Any) -> None:

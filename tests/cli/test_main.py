@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +31,14 @@ def fettle_process(*arguments: str, **environment: str) -> subprocess.CompletedP
     )
 
 
-def raising(error: BaseException) -> Callable[..., SimpleNamespace]:
+def raising(error: BaseException) -> Any:
+    """A verb that fails."""
+
     def run() -> None:
         """Fail."""
         raise error
 
-    return lambda name: SimpleNamespace(run=run)
+    return SimpleNamespace(run=run)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def raising(error: BaseException) -> Callable[..., SimpleNamespace]:
 def test_every_error_is_one_line_and_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
 ) -> None:
-    monkeypatch.setattr(entry.importlib, "import_module", raising(error))
+    monkeypatch.setitem(sys.modules, "fettle.cli.methods", raising(error))
     monkeypatch.delenv("FETTLE_DEBUG", raising=False)
     assert entry.main(["methods"]) == code
     said = capsys.readouterr()
@@ -71,7 +72,7 @@ def test_every_error_is_one_line_and_its_exit_code(
 def test_the_traceback_comes_when_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(entry.importlib, "import_module", raising(ValueError("odd")))
+    monkeypatch.setitem(sys.modules, "fettle.cli.methods", raising(ValueError("odd")))
     monkeypatch.setenv("FETTLE_DEBUG", "1")
     assert entry.main(["methods"]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -164,7 +165,7 @@ def test_sigterm_ends_a_verb_with_130() -> None:
         "def run():\n"
         "    'Wait.'\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "m.importlib.import_module = lambda name: types.SimpleNamespace(run=run)\n"
+        "sys.modules['fettle.cli.methods'] = types.SimpleNamespace(run=run)\n"
         "sys.exit(m.main(['methods']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

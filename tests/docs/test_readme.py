@@ -14,7 +14,8 @@ import yaml
 from fettle.pipeline.recipe import parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SIGNATURES_ONLY = "architecture.md"  # its Python blocks are signatures without bodies
+PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != SIGNATURES_ONLY)]
 RUNNERS = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import fettle
 from fettle.engine.completion import complete, complete_with, end_tokens, prompt_ids, stream_completion
 from fettle.engine.sampling import Sampling
 from fettle.errors import NonFiniteError, UsageError
+from fettle.models.loading import load
 
 PROMPT = "def fox_1(the, dog):"
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama: Path) -> object:
-    return fettle.load(tiny_llama)
+    return load(tiny_llama)
 
 
 def test_greedy_equals_transformers_token_for_token(loaded, tiny_llama: Path) -> None:
@@ -77,7 +77,7 @@ def test_max_new_tokens_ends_a_completion(loaded) -> None:
 
 
 def test_the_models_own_end_ends_a_completion(tiny_llama: Path) -> None:
-    loaded = fettle.load(tiny_llama)
+    loaded = load(tiny_llama)
     with torch.no_grad():
         loaded.model.lm_head.weight.zero_()  # every logit equal: greedy takes token 0
     loaded.model.generation_config.eos_token_id = [0]
@@ -87,7 +87,7 @@ def test_the_models_own_end_ends_a_completion(tiny_llama: Path) -> None:
 
 
 def test_a_damaged_model_is_named_not_completed(tiny_llama: Path) -> None:
-    loaded = fettle.load(tiny_llama)
+    loaded = load(tiny_llama)
     with torch.no_grad():
         loaded.model.model.norm.weight[0] = float("nan")
     with pytest.raises(NonFiniteError, match="not finite"):

@@ -183,7 +183,17 @@ def make_model(name: str, *, seed: int = 0) -> torch.nn.Module:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.15 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the plain loop, whose sums ours must repeat exactly
     return model.eval()
+
+
+def reference_output(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits, or the last hidden state of a model without a head, for ids [tokens]."""
+    with torch.no_grad():
+        result = model(ids[None])
+    output: torch.Tensor = getattr(result, "logits", None) if "logits" in result else result.last_hidden_state
+    return output
 
 
 def write_model(name: str, folder: Path, *, seed: int = 0, shard_bytes: int | None = None) -> torch.nn.Module:

@@ -17,13 +17,6 @@ def tiny_anatomy(tiny_llama: Path) -> Anatomy:
     return read_anatomy(Checkpoint.open(tiny_llama))
 
 
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"def f{i}(a, b):\n    return a + {i} * b\n\n" for i in range(200)), encoding="utf-8")
-    return path
-
-
 @pytest.fixture()
 def small_recipe(text_file: Path) -> Recipe:
     return make_recipe(text_file)

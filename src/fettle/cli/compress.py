@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-import fettle
+from fettle import api
 from fettle.cli.flags import with_flags
 from fettle.cli.options import Device, Generic, Json, MethodChoice, Model, RecipeChoice, ReportPath, Threads
-from fettle.cli.output import console, duration, emit_json, size
+from fettle.cli.output import console, duration, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
 from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags
@@ -54,7 +54,7 @@ def run(
     note = calibration_note(chosen)
     if note:
         print(note, file=sys.stderr)
-    made = fettle.compress(
+    made = api.compress(
         model,
         output,
         chosen,
@@ -85,7 +85,7 @@ def _print(summary: dict[str, Any], folder: Path, report: Path, finished: bool) 
     out = console()
     if finished:
         out.print(f"{folder} was finished already; --fresh starts over.")
-    out.print(quality_table(summary))
+    show(out, quality_table(summary))
     if summary["evaluation"] is None:
         out.print(f"Not measured. Next: fettle evaluate {folder} --reference {summary['model']}")
     base, after = summary["base"]["bytes"], summary["output"]["bytes"]

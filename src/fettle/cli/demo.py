@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-import fettle
+from fettle import api
 from fettle.cli.options import Device, Json, RecipeChoice, ReportPath, Threads
-from fettle.cli.output import console, emit_json, size
+from fettle.cli.output import console, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
 from fettle.cli.recipe_choice import DEFAULT_RECIPE, command_line
@@ -40,7 +40,7 @@ def run(
     """
     chosen = recipe or DEFAULT_RECIPE
     print(f"Compressing the embedded model with the recipe {chosen}.", file=sys.stderr)
-    made = fettle.compress(
+    made = api.compress(
         "demo",
         output,
         chosen,
@@ -63,7 +63,7 @@ def _print(summary: dict[str, Any], folder: Path, report: Path, finished: bool) 
     out = console()
     if finished:
         out.print(f"{folder} was finished already; --fresh starts over.")
-    out.print(quality_table(summary))
+    show(out, quality_table(summary))
     for pair in summary["completions"]:
         for name in ("original", "compressed"):
             out.rule(f"{name}, after the same prompt", align="left")

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-import fettle
+from fettle import api
 from fettle.cli.options import Device, Generic, Json, Model, ReportPath, Threads
-from fettle.cli.output import console, emit_json, number, table
+from fettle.cli.output import console, emit_json, number, show, table
 from fettle.cli.progress import progress
 from fettle.cli.quality import evaluation_table
 from fettle.cli.recipe_choice import command_line
-from fettle.errors import QualityGateError, UsageError
+from fettle.errors import UsageError
+from fettle.evaluate.result import check_gate
 from fettle.report.page import write_report
 
 Reference = Annotated[str | None, typer.Option(metavar="BASE", help="The original model, to measure what was lost.")]
@@ -58,7 +59,7 @@ def run(
         raise UsageError("--report and --no-report exclude each other; give one of them")
     if text is None:
         print("No --text given: the embedded held-out text (Python source code) is measured.", file=sys.stderr)
-    found = fettle.evaluate(
+    measured = api.evaluate(
         model,
         reference=reference,
         text=text,
@@ -68,26 +69,28 @@ def run(
         threads=threads,
         generic=generic,
         progress=progress(json=json),
-    ).to_json()
+    )
+    found = measured.to_json()
     page = None if no_report else report or PAGE
+    command = command_line(sys.argv[1:])
     if page is not None:
-        command = command_line(sys.argv[1:])
         result = {"schema": 1, "kind": "evaluation", "model": model, "reference": reference, "command": command}
         write_report(page, [{**result, "evaluation": found}])
     if json:
-        emit_json("evaluate", {"model": model, "reference": reference, **found, "report": page})
+        named = {"model": model, "reference": reference, "command_line": command}
+        emit_json("evaluate", {**named, **found, "report": page})
     else:
         _print(found, page)
-    if max_kl is not None and not found["kl_mean"] <= max_kl:
-        raise QualityGateError(f"the mean KL is {number(found['kl_mean'])} nats a token, above --max-kl {max_kl}")
+    if max_kl is not None:
+        check_gate(measured, max_kl)
 
 
 def _print(found: Mapping[str, Any], page: Path | None) -> None:
     out = console()
-    out.print(evaluation_table(found))
+    show(out, evaluation_table(found))
     worst = found.get("worst_tokens") or []
     if worst:
-        out.print(worst_table(worst))
+        show(out, worst_table(worst))
     if page is not None:
         out.print(f"Report: {page}")
 

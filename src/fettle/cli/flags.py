@@ -110,18 +110,20 @@ def convert(name: str, text: Any, hint: Any) -> Any:
     """The value that a flag's text means for a field of type `hint`."""
     if isinstance(text, bool):
         return text
-    choices = [get_origin(h) is Literal for h in _members(hint)]
-    kinds = [h for h in _members(hint) if isinstance(h, type)]
-    if types.NoneType in kinds and text.lower() == "none":
+    members = _members(hint)
+    for value in (v for member in members if get_origin(member) is Literal for v in get_args(member)):
+        if text == str(value):
+            return value
+    if types.NoneType in members and text.lower() == "none":
         return None
     for kind in (int, float):
-        if kind in kinds:
+        if kind in members:
             try:
                 return kind(text)
             except ValueError:
                 continue
-    if str in kinds or any(choices):
-        return text
+    if str in members or any(get_origin(member) is Literal for member in members):
+        return text  # a word that is no choice: the method refuses it, with the choices
     raise UsageError(f"--{flag_name(name)} {text!r} is no {metavar(hint).lower()}")
 
 

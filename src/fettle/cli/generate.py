@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-import fettle
+from fettle import api
 from fettle.cli.flags import dataclass_flags, given, with_flags
 from fettle.cli.options import Device, Json, Model
 from fettle.cli.output import emit_json
@@ -39,7 +39,7 @@ def run(
     sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
     sampling.check()
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = fettle.load(model, device=device)
+    loaded = api.load(model, device=device)
     began = time.monotonic()
     if json:
         made = complete_with(loaded, text, sampling, max_new_tokens=max_new_tokens)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import fettle
+from fettle import api
 from fettle.cli.options import Generic, Json, Model
-from fettle.cli.output import console, emit_json, size, table
+from fettle.cli.output import console, emit_json, show, size, table
 
 
 def run(model: Model, generic: Generic = False, json: Json = False) -> None:
@@ -16,7 +16,7 @@ def run(model: Model, generic: Generic = False, json: Json = False) -> None:
     Example:
       fettle inspect demo
     """
-    anatomy = fettle.inspect(model, generic=generic)
+    anatomy = api.inspect(model, generic=generic)
     if json:
         emit_json("inspect", anatomy)
         return
@@ -27,14 +27,13 @@ def run(model: Model, generic: Generic = False, json: Json = False) -> None:
         f"{anatomy['model']}: {anatomy['family']}, {kind}, {len(anatomy['blocks'])} blocks, {anatomy['dtype']}, "
         f"{size(anatomy['bytes'])}{tied}"
     )
-    for title, indices, linears in [*_alike(anatomy["blocks"]), ("outside the blocks", "", anatomy["outside"])]:
+    columns = ("linear", "role", "shape", "bytes", "scheme")
+    for title, linears in [*_alike(anatomy["blocks"]), ("outside the blocks", anatomy["outside"])]:
         if linears:
-            out.print(
-                table(f"{title}{indices}", ("linear", "role", "shape", "bytes", "scheme"), _rows(linears), right=(3,))
-            )
+            show(out, table(title, columns, _rows(linears), right=(3,)))
 
 
-def _alike(blocks: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+def _alike(blocks: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Blocks that follow each other and look alike share one table."""
     groups: list[tuple[list[int], list[dict[str, Any]], object]] = []
     for block in blocks:
@@ -44,11 +43,7 @@ def _alike(blocks: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, 
         else:
             groups.append(([block["index"]], block["linears"], look))
     return [
-        (
-            f"block {where[0]}" if len(where) == 1 else f"blocks {where[0]} to {where[-1]}, ",
-            "" if len(where) == 1 else "each",
-            linears,
-        )
+        (f"block {where[0]}" if len(where) == 1 else f"blocks {where[0]} to {where[-1]}, each", linears)
         for where, linears, _ in groups
     ]
 

@@ -124,7 +124,7 @@ def _explain(error: BaseException) -> int:
     if known is not None:
         _say(f"error: {known}")
         return known.exit_code
-    _say(f"error: a defect of fettle: {type(error).__name__}: {error}")
+    _say(f"error: a defect of fettle: {type(error).__name__}: {' '.join(str(error).split())}")
     _say("Run it again with FETTLE_DEBUG=1 and report the traceback, the command and `fettle --version`.")
     return 1
 

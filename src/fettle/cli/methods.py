@@ -8,7 +8,7 @@ import typer
 
 from fettle.cli.method_pages import describe_methods
 from fettle.cli.options import Json
-from fettle.cli.output import console, emit_json, table
+from fettle.cli.output import console, emit_json, show, table
 from fettle.errors import UsageError, unknown_word
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only this method.")]
@@ -38,4 +38,4 @@ def run(name: Name = None, json: Json = False) -> None:
             f"  minimizes: {method['objective']}; needs: {', '.join(method['statistics']) or 'nothing but weights'}"
         )
         rows = [(f["name"], f["type"], f["default"], f["help"]) for f in method["fields"]]
-        out.print(table("", ("field", "type", "default", "what"), rows))
+        show(out, table("", ("field", "type", "default", "what"), rows))

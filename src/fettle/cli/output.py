@@ -44,6 +44,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
     return made
 
 
+def show(out: Console, made: Table) -> None:
+    """Prints a table without the blanks that rich puts after each line, so that it copies as text."""
+    with out.capture() as captured:
+        out.print(made)
+    lines = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    out.file.write(lines.strip("\n") + "\n\n")
+
+
 def size(count: float) -> str:
     """Bytes for people, in powers of 1000: 16.2 MB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

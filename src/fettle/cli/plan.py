@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import fettle
+from fettle import api
 from fettle.cli.flags import with_flags
 from fettle.cli.options import Device, Generic, Json, MethodChoice, Model, RecipeChoice, Threads
-from fettle.cli.output import console, duration, emit_json, size, table
+from fettle.cli.output import console, duration, emit_json, show, size, table
 from fettle.cli.progress import progress
 from fettle.cli.recipe_choice import chosen_recipe, recipe_flags
 
@@ -30,7 +30,7 @@ def run(
       fettle plan ./llama --recipe gptq-4bit
     """
     chosen = chosen_recipe(recipe, method, fields)
-    plan = fettle.plan(model, chosen, device=device, threads=threads, generic=generic, progress=progress(json=json))
+    plan = api.plan(model, chosen, device=device, threads=threads, generic=generic, progress=progress(json=json))
     if json:
         emit_json("plan", plan.to_json())
         return
@@ -46,7 +46,7 @@ def run(
         ("free disk here", size(plan.free_disk_bytes)),
     ]
     out = console()
-    out.print(table("", ("what", "prediction"), rows))
-    out.print(table("", ("scheme", "linears"), [(k, str(v)) for k, v in plan.schemes.items()], right=(1,)))
+    show(out, table("", ("what", "prediction"), rows))
+    show(out, table("", ("scheme", "linears"), [(k, str(v)) for k, v in plan.schemes.items()], right=(1,)))
     if plan.calibration_note:
         out.print(plan.calibration_note)

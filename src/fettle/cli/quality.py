@@ -50,7 +50,7 @@ def evaluation_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         show: Callable[[float], str] = _percent if percent else partial(number, digits=digits)
         rows.append((label, NONE if original is None else show(original), show(value)))
 
-    add("bits per weight, compressed linears", "bits_per_weight", "reference_bits_per_weight")
+    add("bits per weight, compressed linears", "bits_per_weight")
     add("bits per weight, whole model", "model_bits_per_weight", "reference_model_bits_per_weight")
     add("perplexity a token", "perplexity", "reference_perplexity", digits=5)
     add("  its standard error", "perplexity_standard_error", "reference_perplexity_standard_error", digits=2)
@@ -60,7 +60,7 @@ def evaluation_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     add("  99th percentile", "kl_p99")
     add("  largest", "kl_max")
     add("top-1 agreement with the original", "top1_agreement", percent=True)
-    add("RMS change of the right token's probability", "rms_probability_change")
+    add("RMS change of the right token's probability", "probability_rms_change")
     add("relative error of the output", "output_relative_error")
     add("cosine of the outputs", "output_cosine", digits=6)
     if found.get("tokens") is not None:

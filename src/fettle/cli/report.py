@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ import typer
 from fettle.cli.options import Json
 from fettle.cli.output import emit_json
 from fettle.errors import UsageError
-from fettle.report.page import write_report
+from fettle.report.page import read_document, write_report
 
 Results = Annotated[list[Path], typer.Argument(metavar="RESULTS…", help="Folders that compress wrote, or JSON files.")]
 Page = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="The page to write.")]
@@ -33,34 +32,21 @@ def run(results: Results, output: Page = Path("report.html"), json: Json = False
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result as the page wants it, from a model's folder, a summary.json, or the JSON that a verb printed.
+    """A result as the page wants it, from a model's folder, its .run folder, or a file of JSON.
 
     Raises:
         UsageError: nothing there, no JSON, or JSON of something else.
     """
-    source = path
-    if path.is_dir():
-        source = next((p for p in (path.with_name(path.name + ".run"), path) if (p / "summary.json").is_file()), path)
-        source = source / "summary.json"
-    if not source.is_file():
+    if not path.is_dir():
+        document = read_document(path)
+        if document.get("kind") == "evaluation":  # `command` is the verb there; the page wants the whole line
+            document["command"] = document["evaluation"].get("command_line", "")
+        return document
+    places = [path / "summary.json", path.with_name(f"{path.resolve().name}.run") / "summary.json"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
         raise UsageError(
-            f"{path} holds no result: {source} does not exist; give a folder that compress wrote, or a JSON file"
+            f"{path} holds no result: there is neither {places[0]} nor {places[1]}. Give a folder that compress wrote, "
+            "or what `fettle evaluate --json` printed"
         )
-    try:
-        content = json_module.loads(source.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json_module.JSONDecodeError) as error:
-        raise UsageError(f"{source} is no JSON: {error}") from None
-    if isinstance(content, dict):
-        if content.get("kind") in ("compression", "evaluation"):
-            return content
-        if content.get("command") == "compress" and "summary" in content:
-            return dict(content["summary"])
-        if content.get("command") == "evaluate":
-            return {
-                "schema": 1,
-                "kind": "evaluation",
-                "model": content.get("model"),
-                "reference": content.get("reference"),
-                "evaluation": content,
-            }
-    raise UsageError(f"{source} is no result of fettle; give what `fettle compress` or `fettle evaluate --json` wrote")
+    return read_document(found)

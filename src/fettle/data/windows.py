@@ -1,11 +1,12 @@
 """Text → windows of tokens, for calibration and for measuring.
 
 Both start every window with the model's beginning-of-text token, because models are trained that way and the first
-position otherwise measures its absence. Evaluation windows are consecutive and do not overlap, the last one is shorter:
-the plainest definition of perplexity that two programs can agree on. Calibration windows start at random places, by seed.
+position otherwise measures its absence. Evaluation windows are consecutive and do not overlap, the last one is
+shorter: the plainest definition of perplexity that two programs can agree on. Calibration windows start at random
+places, by seed.
 
-A tokenizer may have no beginning-of-text token (Qwen): then its end-of-text token takes the place, or none does, and the
-`note` says so. Whatever else is not as asked (text too short) stands in the `note` too.
+A tokenizer may have no beginning-of-text token (Qwen): then its end-of-text token takes the place, or none does, and
+the `note` says so. Whatever else is not as asked (text too short) stands in the `note` too.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def read_text(path: str | Path | None = None, *, variant: str = "calibration") -
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"the text {source} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}). Give plain text, or convert it: "
+            f"the text {source} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}). Give plain text, or "
+            "convert it: "
             "iconv -f <its encoding> -t utf-8."
         ) from error
     if "\0" in content:
@@ -104,7 +106,8 @@ def calibration_windows(tokenizer: Any, text: Text, *, windows: int, length: int
 def evaluation_windows(
     tokenizer: Any, text: Text, *, length: int, max_bytes: int | None = None, max_tokens: int | None = None
 ) -> Windows:
-    """Consecutive windows over `text` from its beginning: BOS and `length` - 1 tokens, no overlap, the last one shorter.
+    """Consecutive windows over `text` from its beginning: BOS and `length` - 1 tokens, no overlap, the last one
+    shorter.
 
     `max_bytes` cuts the text first (a character cut in half is dropped); `max_tokens` the tokens after.
     """

@@ -1,1 +1,1 @@
-"""."""
+"""Checkpoints, anatomies and families: a model as files, and as methods see it."""

@@ -1,16 +1,17 @@
 """The model as methods see it: blocks, and in each block its matrices by role.
 
 What: `read_anatomy(checkpoint)` combines a family's table (families.py) with `config.json` and the shards' headers. It
-builds no module tree and imports no transformers, so `fettle inspect` and `fettle plan` are instant whatever the model's size.
+builds no module tree and imports no transformers, so `fettle inspect` and `fettle plan` are instant whatever the
+model's size.
 
-Each `Linear` says where its matrix is on disk (`weight_name`), where it is in the running transformers module (`slot`), and
-which activations it reads (`input_group`). The two places differ: GPT-2 stores matrices transposed, GPT-NeoX and BERT
-checkpoints come with other prefixes, and transformers 5 stacks the experts of a block in one 3-D parameter
-[experts, out, in], of which each expert's gate is the upper half of the rows and its up the lower.
+Each `Linear` says where its matrix is on disk (`weight_name`), where it is in the running transformers module
+(`slot`), and which activations it reads (`input_group`). The two places differ: GPT-2 stores matrices transposed,
+GPT-NeoX and BERT checkpoints come with other prefixes, and transformers 5 stacks the experts of a block in one 3-D
+parameter [experts, out, in], of which each expert's gate is the upper half of the rows and its up the lower.
 
 A matrix stored as codes has no `X.weight` on disk but `X.weight_packed` and its companions; it is the same `Linear`.
-Every tensor that the configuration promises is looked up and its shape compared, so a wrong or incomplete download is found
-here, by name, before any work.
+Every tensor that the configuration promises is looked up and its shape compared, so a wrong or incomplete download is
+found here, by name, before any work.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ __all__ = ["Anatomy", "Block", "Linear", "Slot", "read_anatomy"]
 def read_anatomy(checkpoint: Checkpoint, *, generic: bool = False) -> Anatomy:
     """The anatomy of `checkpoint`, from its config and headers alone.
 
-    `generic` is for families without a table. Raises `UnknownFamilyError`, or `CheckpointError` naming the tensors that are
-    missing or have another shape than the config says.
+    `generic` is for families without a table. Raises `UnknownFamilyError`, or `CheckpointError` naming the tensors
+    that are missing or have another shape than the config says.
     """
     if generic:
         return read_generic(checkpoint)
@@ -68,7 +69,7 @@ _TERM = re.compile(r"^(\d*)(\w+)$")
 
 
 def evaluate_shape(expression: str, dims: Mapping[str, int]) -> int:
-    """ "q+2kv" → a number."""
+    """The number that a shape such as `q+2kv` stands for."""
     total = 0
     for term in expression.split("+"):
         match = _TERM.match(term)

@@ -1,12 +1,12 @@
 """A Hugging Face folder as it lies on disk: its configuration, and where every tensor is.
 
-What: `Checkpoint.open(folder)` reads `config.json` and the header of every shard, nothing else; `read(name)` then copies one
-tensor out of its file with `pread` into memory of its own. No memory map: mapped pages count as the process's memory, so
-with a map the peak would be the model's size whatever the walk does.
+What: `Checkpoint.open(folder)` reads `config.json` and the header of every shard, nothing else; `read(name)` then
+copies one tensor out of its file with `pread` into memory of its own. No memory map: mapped pages count as the
+process's memory, so with a map the peak would be the model's size whatever the walk does.
 
 Why so strict: a shard that is cut short or has a flipped bit otherwise loads and answers garbage. Headers are checked
-against file lengths before anything is allocated (see `header.py`), index and shards against each other, and, in a folder
-that fettle wrote, each tensor against its SHA-256 in `fettle.json` (`verify_hashes`).
+against file lengths before anything is allocated (see `header.py`), index and shards against each other, and, in a
+folder that fettle wrote, each tensor against its SHA-256 in `fettle.json` (`verify_hashes`).
 
 Refused, never executed: pickles (`pytorch_model.bin`, `*.pt`, …: unpickling runs code) and `auto_map` (remote code).
 """
@@ -97,7 +97,7 @@ class Checkpoint:
         raw = torch.empty(nbytes, dtype=torch.uint8)  # torch aligns its memory to 64 bytes
         if nbytes == 0:
             return raw
-        view, done = memoryview(raw.numpy()), 0
+        view, done = raw.numpy().data, 0
         with (self.folder / entry.shard).open("rb", buffering=0) as file:
             while done < nbytes:
                 count = os.preadv(file.fileno(), [view[done:]], start + done)
@@ -133,13 +133,14 @@ class Checkpoint:
         entry, digest = self.entry(name), hashlib.sha256()
         for start in range(0, entry.nbytes, CHUNK_BYTES):
             chunk = self._read_bytes(entry, entry.start + start, min(CHUNK_BYTES, entry.nbytes - start))
-            digest.update(memoryview(chunk.numpy()))
+            digest.update(chunk.numpy().data)
         return digest.hexdigest()
 
     def verify_hashes(self) -> int:
         """Compares every tensor with the SHA-256 that `fettle.json` holds; returns how many there were to compare.
 
-        Raises `CheckpointError` naming shard and tensor of the first difference. A folder without recorded hashes gives 0.
+        Raises `CheckpointError` naming shard and tensor of the first difference. A folder without recorded hashes
+        gives 0.
         """
         recorded = recorded_hashes(self.record)
         for name, expected in recorded.items():
@@ -162,7 +163,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Raises `NonFiniteError` naming tensor, block and the first position when `tensor` holds NaN or infinity."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    # A sum of squares would overflow on healthy values; the extrema carry NaN and infinity along without a mask in memory.
+    # A sum of squares would overflow on healthy values; the extrema carry NaN and infinity along without a mask in
+    # memory.
     wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
     low, high = torch.aminmax(wide.detach())
     if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
@@ -214,7 +216,8 @@ def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
     for name, table in tables:
         if any(part.get("auto_map") for part in _tables(table)):
             raise CheckpointError(
-                f"{folder / name} has an auto_map: it asks to run Python code that comes with the model. fettle never runs "
+                f"{folder / name} has an auto_map: it asks to run Python code that comes with the model. fettle "
+                "never runs "
                 "code from a model. Use a version of the model that transformers supports itself, without auto_map."
             )
 
@@ -244,7 +247,8 @@ def _find_shards(folder: Path) -> tuple[str, ...]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds its weights as a pickle ({', '.join(pickles[:3])}), which can run any code when it is opened. "
+            f"{folder} holds its weights as a pickle ({', '.join(pickles[:3])}), which can run any code when it is "
+            "opened. "
             "fettle refuses pickles. Use the model's safetensors version, or convert it on a machine you can lose."
         )
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}. Check that the download is complete.")

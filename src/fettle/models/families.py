@@ -2,13 +2,14 @@
 
 Why tables: a method must never ask which model it has. What differs between families is where the blocks are, what the
 matrices in them are called, which of them read the same inputs, and in which shape they lie; that is all data, and
-`anatomy.py` reads every family with the same few lines. Parity tests run each table against `transformers` on a tiny random
-model.
+`anatomy.py` reads every family with the same few lines. Parity tests run each table against `transformers` on a tiny
+random model.
 
-How to read a row: `name` is the matrix's module name inside its block, as checkpoints on the hub spell it; `{e}` stands for
-an expert's number. `reads` is the key of the activations it multiplies: rows with the same key share their statistics.
-`shape` is [out, in] in symbols (`q`: query heads × head size, `kv`: key-value heads × head size). `parameter` is where
-transformers 5 holds it when that is another place: experts live in one 3-D parameter, gate and up stacked in its halves.
+How to read a row: `name` is the matrix's module name inside its block, as checkpoints on the hub spell it; `{e}`
+stands for an expert's number. `reads` is the key of the activations it multiplies: rows with the same key share their
+statistics. `shape` is [out, in] in symbols (`q`: query heads × head size, `kv`: key-value heads × head size).
+`parameter` is where transformers 5 holds it when that is another place: experts live in one 3-D parameter, gate and up
+stacked in its halves.
 
 A new family costs one `Family(...)` below and one line in the parity test.
 """
@@ -93,16 +94,15 @@ def _gated_mlp(kind: Literal["any", "dense"] = "any") -> tuple[Row, ...]:
 
 def _experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     """A router and its experts; an expert's matrices read that expert's own tokens."""
-    stem = module + ".experts.{e}."
+    stem, into, out = module + ".experts.{e}.", ("moe", "hidden"), ("hidden", "moe")
     fused, last = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    reads = stem + "gate_up"
     return (
         Row(name=f"{module}.gate", role="router", reads=f"{module}.gate", shape=("experts", "hidden"), kind="moe"),
-        Row(name=stem + gate, role="expert_gate", reads=stem + "gate_up", shape=("moe", "hidden"), parameter=fused, half=0,
-            kind="moe"),
-        Row(name=stem + up, role="expert_up", reads=stem + "gate_up", shape=("moe", "hidden"), parameter=fused, half=1,
-            kind="moe"),
-        Row(name=stem + down, role="expert_down", reads=stem + down, shape=("hidden", "moe"), parameter=last, kind="moe"),
-    )  # fmt: skip
+        Row(name=stem + gate, role="expert_gate", reads=reads, shape=into, parameter=fused, half=0, kind="moe"),
+        Row(name=stem + up, role="expert_up", reads=reads, shape=into, parameter=fused, half=1, kind="moe"),
+        Row(name=stem + down, role="expert_down", reads=stem + down, shape=out, parameter=last, kind="moe"),
+    )
 
 
 _TWO_NORMS = (("input_layernorm.weight", "hidden"), ("post_attention_layernorm.weight", "hidden"))

@@ -1,9 +1,9 @@
 """An anatomy for an architecture without a table: every matrix under the numbered blocks, alike.
 
-What: among the tensor names, the longest numbered list (`something.0.`, `something.1.`, …) is taken to be the blocks; every
-2-D `.weight` in it is a linear of role `linear` that shares its inputs with nobody. Routers are left out: they decide, they do
-not compute, and a slightly wrong decision costs more than a slightly wrong matrix. Embeddings lie outside the blocks and
-stay as they are.
+What: among the tensor names, the longest numbered list (`something.0.`, `something.1.`, …) is taken to be the blocks;
+every 2-D `.weight` in it is a linear of role `linear` that shares its inputs with nobody. Routers are left out: they
+decide, they do not compute, and a slightly wrong decision costs more than a slightly wrong matrix. Embeddings lie
+outside the blocks and stay as they are.
 
 What this cannot know: which matrices read the same inputs (so their statistics are collected apart), matrices in 3-D
 parameters, and transposed storage. A table in families.py is the better way; this is the way without one.

@@ -7,13 +7,15 @@ A safetensors file is
     │ length    │ name → dtype shape span  │ no gaps, no overlap            │
     └───────────┴──────────────────────────┴───────────────────────────────┘
 
-(https://github.com/huggingface/safetensors#format). fettle reads models that a user downloaded, and its promise is that a
-damaged file is found before any work. So every number in the header is checked against the length of the file *before*
-anything is allocated: the length word, the dtype, every shape (product of the dimensions times the item size must be the
-span), and the spans together (ordered by start they tile the data exactly, and the last one ends where the file ends).
+(https://github.com/huggingface/safetensors#format). fettle reads models that a user downloaded, and its promise is
+that a damaged file is found before any work. So every number in the header is checked against the length of the file
+*before* anything is allocated: the length word, the dtype, every shape (product of the dimensions times the item size
+must be the span), and the spans together (ordered by start they tile the data exactly, and the last one ends where the
+file ends).
 
 Ours differs from the safetensors library in naming what is wrong (file and tensor) and in never mapping the file into
-memory: a mapped file counts as resident memory, which would make every memory figure a guess. Cost: one read of the header.
+memory: a mapped file counts as resident memory, which would make every memory figure a guess. Cost: one read of the
+header.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes from byte `start` of the file `shard` (counted from the file's beginning)."""
+    """Where one tensor lies: `nbytes` bytes of the file `shard`, from its byte `start` on."""
 
     name: str
     dtype: torch.dtype
@@ -88,7 +90,8 @@ _DATA_START = "\0data start"  # cannot collide with a tensor: names with NUL are
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"shard {path.name} is damaged: {what}. Copy or download it again; nothing was read from it. (folder: {path.parent})"
+        f"shard {path.name} is damaged: {what}. Copy or download it again; nothing was read from it. (folder: "
+        f"{path.parent})"
     )
 
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fettle.data.tokenizer import load_tokenizer
-from fettle.errors import CheckpointError
+from fettle.errors import CheckpointError, ModelError
 from fettle.layers import QuantizedLinear
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint, check_finite
@@ -26,6 +25,8 @@ from fettle.models.module_tree import build_tree, parameter_of, place_parameter
 from fettle.models.parts import Linear
 from fettle.models.source import resolve
 from fettle.models.storage import StoredScheme, read_quantized, read_weight, stored_schemes
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,19 @@ def load(
     anatomy = read_anatomy(checkpoint, generic=generic)
     tree = build_tree(checkpoint, anatomy, dtype, device)
     _Filler(checkpoint, anatomy, tree, torch.device(device), dtype).fill()
-    return LoadedModel(_with_generation_settings(tree, folder), load_tokenizer(folder), anatomy, folder)
+    return LoadedModel(_with_generation_settings(tree, folder), _tokenizer(folder), anatomy, folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """As `data.load_tokenizer`, which this room may not know: the rooms of models and of text are on one floor."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the libraries underneath raise all kinds, down to a bare Exception for bad JSON
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}. Download the model again.") from error
 
 
 def _with_generation_settings(tree: nn.Module, folder: Path) -> nn.Module:
@@ -124,7 +137,7 @@ class _Filler:
         quantized = read_quantized(self.checkpoint, linear, stored)
         bias = f"{linear.weight_name.removesuffix('.weight')}.bias"
         value = self.checkpoint.read(bias).to(self.dtype) if bias in self.checkpoint.entries else None
-        swapped = QuantizedLinear.from_quantized(quantized, value).to(self.device)
+        swapped = QuantizedLinear.from_quantized(quantized, value, stored.storage).to(self.device)
         parent, _, leaf = path.rpartition(".")
         setattr(self.tree.get_submodule(parent), leaf, swapped)
 

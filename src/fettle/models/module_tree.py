@@ -1,11 +1,11 @@
 """A transformers module tree on the meta device, and putting parameters into it.
 
-What: `build_tree` asks transformers for the class that `config.json` names, with every parameter on meta (a shape without
-memory) and every buffer real: rotary frequencies and causal masks are computed by the model's own constructor.
+What: `build_tree` asks transformers for the class that `config.json` names, with every parameter on meta (a shape
+without memory) and every buffer real: rotary frequencies and causal masks are computed by the model's own constructor.
 
-Two settings make the tree run the same sums everywhere: attention is `sdpa` where the architecture has it, unless it caps its scores
-(sdpa cannot, so `eager`), and experts run as the plain loop over experts, so that each expert's product is an ordinary
-`linear` on its own tokens.
+Two settings make the tree run the same sums everywhere: attention is `sdpa` where the architecture has it, unless it
+caps its scores (sdpa cannot, so `eager`), and experts run as the plain loop over experts, so that each expert's
+product is an ordinary `linear` on its own tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
     Raises `ModelError` when this transformers has no such architecture.
     """
     import transformers
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     fields = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     try:
@@ -39,7 +39,8 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"transformers {transformers.__version__} cannot build the model of {checkpoint.folder / 'config.json'}: {error}. "
+            f"transformers {transformers.__version__} cannot build the model that config.json in {checkpoint.folder} "
+            f"describes: {error}. "
             "Check model_type and architectures there, or install a transformers that knows them."
         ) from error
     for name, buffer in list(model.named_buffers()):
@@ -47,8 +48,8 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
             raise ModelError(f"buffer {name!r} of {type(model).__name__} could not be computed without weights.")
     if torch.device(device).type != "cpu":
         for module in model.modules():
-            for key, buffer in module._buffers.items():
-                module._buffers[key] = buffer if buffer is None else buffer.to(device)
+            for key, held in module._buffers.items():
+                module._buffers[key] = held if held is None else held.to(device)
     return model.eval().requires_grad_(False)
 
 

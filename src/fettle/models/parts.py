@@ -1,4 +1,4 @@
-"""The nouns of an anatomy: `Slot`, `Linear`, `Block`, `Anatomy`. How they are read off a checkpoint is in anatomy.py."""
+"""The nouns of an anatomy: `Slot`, `Linear`, `Block`, `Anatomy`. How they are read: anatomy.py."""
 
 from __future__ import annotations
 

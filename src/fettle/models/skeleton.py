@@ -1,23 +1,26 @@
 """The transformers module tree without its weights: blocks come, run, and go.
 
-What: the model's own code on the meta device (shapes, no memory). `embed` runs the model's forward up to its first block;
-`load_block` gives one block real float32 parameters, `run_block` runs it, `free_block` takes them away. So the memory of a
-run is one block, its activations and, for the head, the vocabulary's matrix.
+What: the model's own code on the meta device (shapes, no memory). `embed` runs the model's forward up to its first
+block; `load_block` gives one block real float32 parameters, `run_block` runs it, `free_block` takes them away. So the
+memory of a run is one block, its activations and, for the head, the vocabulary's matrix.
 
-How: every block in the tree is replaced by a `_Stand`, and the real blocks wait outside it. During `embed` the stands note
-the arguments with which the model calls each block (masks by layer type, rotary embeddings), per sequence length, and the
-last one ends the forward. For `head_inputs` and `logits` the model runs its own forward again with stands that hand the
-given hidden states on, so final norm, head and soft caps are the model's own, and no family needs a line here.
+How: every block in the tree is replaced by a `_Stand`, and the real blocks wait outside it. During `embed` the stands
+note the arguments with which the model calls each block (masks by layer type, rotary embeddings), per sequence length,
+and the last one ends the forward. For `head_inputs` and `logits` the model runs its own forward again with stands that
+hand the given hidden states on, so final norm, head and soft caps are the model's own, and no family needs a line
+here.
 
-Why float32: bf16 products run forty times slower on CPUs without bf16 instructions, and an error measure should not drown
-in rounding. Buffers (rotary frequencies, causal masks) are real from the start; only parameters are on meta.
+Why float32: bf16 products run forty times slower on CPUs without bf16 instructions, and an error measure should not
+drown in rounding. Buffers (rotary frequencies, causal masks) are real from the start; only parameters are on meta.
 
 Threads: `run_block`, `logits` and `head_inputs` may run at once in two threads; `embed` takes a lock, `load_block` and
-`free_block` are the walk's own. Cost of `embed`: the embedding rows of the tokens at hand are read, never the whole table.
+`free_block` are the walk's own. Cost of `embed`: the embedding rows of the tokens at hand are read, never the whole
+table.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -26,10 +29,10 @@ from torch import Tensor, nn
 
 from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Block, Linear
-from fettle.models.checkpoint import Checkpoint
+from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter, release_parameters
 from fettle.models.storage import StoredScheme, read_weight, stored_schemes
-from fettle.models.tap import Tap
+from fettle.models.tap import Enough, Tap
 
 __all__ = ["Skeleton", "Tap"]
 
@@ -49,8 +52,7 @@ class _Stand(nn.Module):
         self.index = index
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        owner: Skeleton = self.owner
-        return owner._stand_called(self.index, hidden, args, kwargs)
+        return self.__dict__["owner"]._stand_called(self.index, hidden, args, kwargs)
 
 
 class Skeleton:
@@ -89,10 +91,10 @@ class Skeleton:
         """int64 ids [1, tokens] → hidden [1, tokens, hidden] that enters block 0; notes the blocks' arguments."""
         ids = ids.reshape(1, -1).to(self.device)
         with self._lock:
-            self._load_outside(ids)
+            self._load_outside()
             try:
-                used, places = ids.unique(return_inverse=True)  # sorted
-                table = self.model.get_input_embeddings()
+                used, places = torch.unique(ids, return_inverse=True)  # sorted
+                table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
                 table.weight = nn.Parameter(self._embedding_rows(used), requires_grad=False)
                 padding, table.padding_idx = table.padding_idx, None  # an index of the full table
                 self._call.first, self._call.arguments, self._call.replay = None, {}, None
@@ -122,7 +124,8 @@ class Skeleton:
         last = int(used[-1])
         if last >= linear.shape[0] or int(used[0]) < 0:
             raise UsageError(
-                f"token id {last} is outside the embedding of {linear.shape[0]} rows; the tokenizer is of another model."
+                f"token id {last} is outside the embedding of {linear.shape[0]} rows; the tokenizer is of another "
+                "model."
             )
         whole = self._replaced.get(linear.weight_name, self._embedding_table)
         if whole is None and linear.name in self.stored:
@@ -132,14 +135,14 @@ class Skeleton:
         rows = [self.checkpoint.read_rows(linear.weight_name, row, row + 1) for row in used.tolist()]
         return torch.cat(rows).to(self.device, torch.float32)
 
-    def _load_outside(self, ids: Tensor | None = None) -> None:
+    def _load_outside(self) -> None:
         """Loads what lies outside the blocks and is small: position tables, norms, poolers; not the vocabulary."""
         vocabulary = {
             linear.weight_name for linear in (self.anatomy.embedding, self.anatomy.head) if linear is not None
         }
         code_names = {linear.name for linear in (self.anatomy.embedding, self.anatomy.head) if linear is not None}
         for name in self.anatomy.tensors:
-            if name in vocabulary or name.rpartition(".")[0] in code_names and name.rpartition(".")[2] != "bias":
+            if name in vocabulary or (name.rpartition(".")[0] in code_names and name.rpartition(".")[2] != "bias"):
                 continue
             self._place(self.anatomy.parameters[name], name)
 
@@ -149,6 +152,7 @@ class Skeleton:
         if current is None or not current.is_meta:
             return
         value = self.checkpoint.read(name)
+        check_finite(name, value)
         if value.shape != current.shape:
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(value.shape)}, the model expects {list(current.shape)}."
@@ -196,6 +200,7 @@ class Skeleton:
             if name in done or target is None:  # e.g. the causal mask that old checkpoints carry
                 continue
             value = self.checkpoint.read(name)
+            check_finite(name, value)
             if value.shape != target.shape:
                 raise CheckpointError(
                     f"tensor {name!r} has shape {list(value.shape)}, the model expects {list(target.shape)}."
@@ -224,7 +229,7 @@ class Skeleton:
 
     @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read."""
+        """Hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read."""
         tokens = hidden.shape[1]
         if tokens not in self._arguments:
             raise UsageError(f"no window of {tokens} tokens was embedded, so the masks of that length are not known.")
@@ -237,6 +242,16 @@ class Skeleton:
         self._returns_tuple = isinstance(result, tuple)
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
+
+    def inputs_of(self, index: int, hidden: Tensor, groups: frozenset[str]) -> dict[str, Tensor]:
+        """What the matrices of these input groups read, [tokens, in] each, on CPU; runs the block only as far as needed.
+
+        An expert that no token of this window reached has no entry.
+        """
+        tap = Tap(groups)
+        with contextlib.suppress(Enough):
+            self.run_block(index, hidden, tap)
+        return {group: inputs.cpu() for group, inputs in tap.inputs.items()}
 
     # ---- single matrices
 

@@ -54,7 +54,8 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"there is no folder {hub_id!r} here, and the hub has no model {hub_id!r} that you may read. Check the spelling; "
+            f"there is no folder {hub_id!r} here, and the hub has no model {hub_id!r} that you may read. Check the "
+            "spelling; "
             "for a gated model, accept its terms and log in with 'hf auth login'."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -2,15 +2,17 @@
 
 Two spellings in `config.json`:
 
-- compressed-tensors (https://github.com/vllm-project/compressed-tensors), where the standard can say it: uniform grids, a
-  scale per channel or per group of a size that divides the row, on `nn.Linear` modules. Such a folder loads with plain
-  `transformers` and vLLM. Folders of other programs in this format are understood too (exact names, `re:` patterns, classes).
+- compressed-tensors (https://github.com/vllm-project/compressed-tensors), where the standard can say it: uniform
+  grids, a scale per channel or per group of a size that divides the row, on `nn.Linear` modules. Such a folder loads
+  with plain `transformers` and vLLM. Folders of other programs in this format are understood too (exact names, `re:`
+  patterns, classes).
 - `"quant_method": "fettle"` for everything else: a group size that does not divide the row, GPT-2's Conv1D, experts
   (transformers 5 holds them as 3-D parameters), routers, embeddings, non-uniform grids. The tensors are stored the same
   way, and the schemes stand in the config.
 
-transformers 5 *skips* a quantization method that it does not know and answers with random weights. The keys in `_REFUSAL`
-prevent that: they lead it to parse our sentence as a dtype, which fails, with the sentence in the error. A test proves it.
+transformers 5 *skips* a quantization method that it does not know and answers with random weights. The keys in
+`_REFUSAL` prevent that: they lead it to parse our sentence as a dtype, which fails, with the sentence in the error. A
+test proves it.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.tensors.grid import uniform
 from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.scheme import Granularity, Scheme
+from fettle.tensors.scheme import Scheme
 
 STORAGES = ("pack-quantized", "int-quantized")
 _REFUSAL = {
     "load_in_8bit": True,
-    "bnb_4bit_compute_dtype": "fettle wrote this folder and transformers cannot read it: open it with fettle.load(folder)",
+    "bnb_4bit_compute_dtype": "this folder was written by fettle, and transformers cannot read it: use fettle.load",
 }
 _CODE_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_CLASSES = ("Linear", "Conv1D", "Embedding")  # a target by class; that it is stored as codes, the tensors say
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -51,16 +54,17 @@ class StoredScheme:
 
 
 def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage: str) -> dict[str, Any]:
-    """`config.json`'s `quantization_config` for these linears (by name): the standard's where it can say it, else ours."""
+    """The `quantization_config` for these linears (by name): the standard's where it can say it, else ours."""
     if not schemes:
         return {}
     linears = {linear.name: linear for linear in _every_linear(anatomy)}
-    obstacle = next(
-        filter(None, (standard_obstacle(linears[n], s, anatomy, storage) for n, s in schemes.items())), None
-    )
+    distinct = list(dict.fromkeys(schemes.values()))
+    obstacles = [standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items()]
+    if len(distinct) > 1 and any(scheme.zero_point for scheme in distinct):
+        obstacles.append("transformers cannot load several schemes when one of them has zero points")
+    obstacle = next(filter(None, obstacles), None)
     if obstacle is None:
         return _standard_config(schemes, linears, anatomy, storage)
-    distinct = list(dict.fromkeys(schemes.values()))
     return {
         "quant_method": "fettle",
         "version": 1,
@@ -78,8 +82,6 @@ def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage:
         return f"the grid {scheme.grid.name} of {linear.name} is not uniform"
     if storage == "int-quantized" and scheme.grid.bits != 8:
         return f"int-quantized is for 8 bits, and {linear.name} has {scheme.grid.bits}"
-    if scheme.granularity == "tensor":
-        return f"one scale for the whole of {linear.name} cannot be packed"
     if scheme.granularity == "group" and linear.shape[1] % (scheme.group_size or 1):
         return f"group size {scheme.group_size} does not divide the {linear.shape[1]} inputs of {linear.name}"
     if linear.slot.transposed or linear.slot.index is not None or linear.role in ("router", "embedding"):
@@ -105,13 +107,15 @@ def _standard_config(
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(module_name(linears[name]))
-    return {
+    # The class is the shortest target, where a model has no nn.Linear but those of its blocks and the head.
+    by_class = len(groups) == 1 and anatomy.causal and anatomy.family != "generic"
+    config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": storage,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{number}": {
-                "targets": targets if len(groups) > 1 else ["Linear"],
+                "targets": ["Linear"] if by_class else targets,
                 "weights": _weights_arguments(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -122,6 +126,13 @@ def _standard_config(
         "ignore": _dense_modules(schemes, anatomy),
         "kv_cache_scheme": None,
     }
+    if len(groups) == 1:
+        # transformers then decompresses while it loads. Without it, it expects packed zero points in the shape of
+        # unpacked
+        # ones and stops, and a model saved in bfloat16 but loaded in float32 is decompressed with other roundings. It
+        # takes one group's scheme for every linear, though, hence not with several (see `quantization_config`).
+        config["dequantize"] = True
+    return config
 
 
 def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
@@ -136,7 +147,7 @@ def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
 
 
 def _dense_modules(schemes: Mapping[str, Scheme], anatomy: Anatomy) -> list[str]:
-    """Modules that stay as they are: every linear without a scheme, and whatever else has a weight outside the blocks."""
+    """Modules that stay as they are: linears without a scheme, and whatever else has a weight outside the blocks."""
     kept = {
         module_name(linear)
         for linear in _every_linear(anatomy)
@@ -166,7 +177,8 @@ def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Stored
     if method == "compressed-tensors":
         return {linear.name: _read_standard(checkpoint, config, linear) for linear in coded}
     raise CheckpointError(
-        f"{checkpoint.folder} is quantized with {method!r}, which fettle does not read (it reads compressed-tensors with "
+        f"{checkpoint.folder} is quantized with {method!r}, which fettle does not read (it reads "
+        "compressed-tensors with "
         f"{' or '.join(STORAGES)}, and its own). Give it the original model."
     )
 
@@ -194,38 +206,27 @@ def _read_own(checkpoint: Checkpoint, config: Mapping[str, Any], coded: list[Lin
 def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Linear) -> StoredScheme:
     group = _find_group(config, linear)
     if group is None:
-        raise CheckpointError(
-            f"{linear.name} is stored as codes, but no config group of quantization_config targets it."
-        )
+        raise CheckpointError(f"{linear.name} is stored as codes, but no config group of its folder targets it.")
     arguments, storage = group.get("weights") or {}, group.get("format") or config.get("format")
-    if storage == "naive-quantized":
-        storage = "int-quantized"
-    strategy = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
-    grouped_order = any(
-        n.endswith(".weight_g_idx") for n in (f"{linear.name}.weight_g_idx",) if n in checkpoint.entries
-    )
-    if (
-        storage not in STORAGES
-        or arguments.get("type", "int") != "int"
-        or strategy not in ("tensor", "channel", "group")
-    ):
+    storage = "int-quantized" if storage == "naive-quantized" else str(storage)
+    bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
+    strategy: Any = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
+    known = storage in STORAGES and kind == "int" and strategy in ("tensor", "channel", "group") and bits in range(2, 9)
+    if not known or f"{linear.name}.weight_g_idx" in checkpoint.entries:
+        order = " with groups in activation order" if arguments.get("actorder") else ""
         raise CheckpointError(
-            f"{linear.name} is stored as {storage}, {arguments.get('type')}, strategy {strategy}, which fettle does not read "
-            f"(it reads {' and '.join(STORAGES)} integers per tensor, channel or group). Give it the original model."
-        )
-    if grouped_order:
-        raise CheckpointError(
-            f"{linear.name} has groups in activation order (weight_g_idx), which fettle does not read."
+            f"{linear.name} is stored as {storage}, {bits}-bit {kind}, strategy {strategy}{order}, which fettle "
+            "does not "
+            f"read. It reads {' and '.join(STORAGES)} integers of 2 to 8 bits, a scale per tensor, channel or group of "
+            "neighbours. Give it the original model."
         )
     scale = checkpoint.entry(linear.weight_name.removesuffix(".weight") + ".weight_scale")
     if scale.dtype not in _SCALE_DTYPES:
-        raise CheckpointError(
-            f"the scale of {linear.name} has dtype {scale.dtype}; fettle reads {sorted(_SCALE_DTYPES.values())}."
-        )
-    granularity: Granularity = strategy
+        allowed = ", ".join(sorted(_SCALE_DTYPES.values()))
+        raise CheckpointError(f"the scale of {linear.name} has dtype {scale.dtype}; fettle reads {allowed}.")
     scheme = Scheme(
-        grid=uniform(int(arguments.get("num_bits", 8))),
-        granularity=granularity,
+        grid=uniform(bits),
+        granularity=strategy,
         group_size=int(arguments["group_size"]) if strategy == "group" else None,
         zero_point=not arguments.get("symmetric", True),
         scale_dtype=_SCALE_DTYPES[scale.dtype],
@@ -234,18 +235,23 @@ def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Li
 
 
 def _find_group(config: Mapping[str, Any], linear: Linear) -> Mapping[str, Any] | None:
-    """The config group for `linear`: an exact name wins over a pattern, a pattern over a class, as the standard says."""
+    """The config group for `linear`: an exact name wins over a pattern, a pattern over a class."""
     names = {module_name(linear), linear.name}
-    groups = [group for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
-    for matches in (
-        lambda target: target in names,
-        lambda target: target.startswith("re:") and any(re.match(target[3:], name) for name in names),
-        lambda target: target in ("Linear", "Conv1D", "Embedding"),
-    ):
-        for group in groups:
-            if any(matches(target) for target in group.get("targets", ())):
-                return group
-    return None
+    best: tuple[int, Mapping[str, Any]] | None = None
+    for group in config.get("config_groups", {}).values():
+        for target in group.get("targets", ()):
+            rank = _match_rank(target, names)
+            if rank is not None and (best is None or rank < best[0]):
+                best = (rank, group)
+    return None if best is None else best[1]
+
+
+def _match_rank(target: str, names: set[str]) -> int | None:
+    if target in names:
+        return 0
+    if target.startswith("re:"):
+        return 1 if any(re.match(target[3:], name) for name in names) else None
+    return 2 if target in _CLASSES else None
 
 
 def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> QuantizedTensor:

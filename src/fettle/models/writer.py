@@ -1,11 +1,11 @@
 """Writing a model folder so that a file is either whole or not there.
 
-What: every file is written under a temporary name in its own folder, synced, renamed, and the folder is synced. A machine
-that loses power leaves the old file or the new one, never half of one.
+What: every file is written under a temporary name in its own folder, synced, renamed, and the folder is synced. A
+machine that loses power leaves the old file or the new one, never half of one.
 
-Disk: `shard_bytes` knows the exact size of a shard before it is written (the header's JSON is reproduced byte for byte), so a
-disk that is too small is found first, with the number of missing bytes; a disk that fills meanwhile gives the same error,
-and the temporary file is removed.
+Disk: `shard_bytes` knows the exact size of a shard before it is written (the header's JSON is reproduced byte for
+byte), so a disk that is too small is found first, with the number of missing bytes; a disk that fills meanwhile gives
+the same error, and the temporary file is removed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of each tensor: what `shard_bytes` needs."""
+    """Dtype and shape of each tensor: what `shard_bytes` needs."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -90,9 +90,9 @@ def write_shard(
 ) -> str:
     """Writes `tensors` as the safetensors file `filename`, atomically; returns the SHA-256 of the file.
 
-    The bytes are those of `safetensors.torch.save_file` (a test compares them), which would first make a second copy of
-    every tensor in memory; here the largest is copied at most. Raises `DiskFullError` naming the file and the bytes missing;
-    then nothing of it is left behind.
+    The bytes are those of `safetensors.torch.save_file` (a test compares them), which would first make a second copy
+    of every tensor in memory; here the largest is copied at most. Raises `DiskFullError` naming the file and the bytes
+    missing; then nothing of it is left behind.
     """
     layout = layout_of(tensors)
     header, order = _header(layout, metadata)
@@ -101,7 +101,7 @@ def write_shard(
         file.write(header)
         for name in order:
             dense = tensors[name].detach().cpu().contiguous().reshape(-1)
-            raw = memoryview(dense.view(torch.uint8).numpy()) if dense.numel() else memoryview(b"")
+            raw = dense.view(torch.uint8).numpy().data if dense.numel() else memoryview(b"")
             digest.update(raw)
             file.write(raw)
     return digest.hexdigest()

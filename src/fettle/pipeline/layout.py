@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from fettle.errors import RecipeError
 from fettle.methods.protocols import MatrixMethod
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.writer import shard_bytes
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.scheme import Scheme, TensorSpec
 
 LARGE_TENSOR_BYTES = 64 * 2**20
+METADATA = {"format": "pt"}  # loaders ask for it
 
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +28,11 @@ class Compression:
     linear: Linear
     method: MatrixMethod
     scheme: Scheme
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the method wants to know of this linear's inputs."""
+        return self.method.needs()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +81,8 @@ def build_layout(
     """
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
-    if storage == "int-quantized":
-        for item in compressed.values():
-            if item.scheme.grid.bits != 8:
-                raise RecipeError(
-                    f"storage int-quantized holds 8 bits a code, but {item.linear.name} gets {item.scheme.describe()}; "
-                    "use storage: pack-quantized"
-                )
+    for item in compressed.values():
+        item.scheme.check_storage(storage)
     groups: list[tuple[int | None, list[str]]] = [(block.index, list(block.tensors)) for block in anatomy.blocks]
     small = []
     for name in anatomy.tensors:
@@ -97,7 +94,8 @@ def build_layout(
         groups.append((None, small))
     units = []
     for index, (block, names) in enumerate(groups):
-        chosen = tuple(compressed[name] for name in names if name in compressed)
+        inside = set(names)
+        chosen = tuple(item for name, item in compressed.items() if name in inside)  # in the order of the data
         kept = tuple(name for name in names if name not in compressed)
         specs: dict[str, TensorSpec] = {n: (checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in kept}
         for item in chosen:
@@ -107,7 +105,7 @@ def build_layout(
         units.append(
             Unit(
                 index=index, block=block, shard=shard, kept=kept, compressed=chosen, tensors=specs,
-                bytes=shard_bytes(specs),
+                bytes=shard_bytes(specs, METADATA),
             )
         )  # fmt: skip
     return Layout(units=tuple(units), storage=storage)

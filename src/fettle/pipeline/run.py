@@ -94,7 +94,7 @@ def prepare(
     layout = build_layout(checkpoint, anatomy, assign(recipe, anatomy), recipe.storage)
     text = windows = None
     options = recipe.calibration
-    if any(item.method.statistics for item in layout.compressions):
+    if any(item.statistics for item in layout.compressions):
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise UsageError(
@@ -237,7 +237,8 @@ def _require_room(run: Run, output: Path, journal: Journal) -> None:
     hidden_bytes = 0
     if missing_units and written <= job.last_data_unit:
         width = run.anatomy.embedding.shape[1] if run.anatomy.embedding else run.anatomy.blocks[0].linears[0].shape[1]
-        hidden_bytes = 2 * 4 * width * sum(len(ids) for ids in job.windows)  # this block's inputs and the next one's
+        # this block's inputs and the next one's, of the compressed model and of the original
+        hidden_bytes = 2 * 2 * 4 * width * sum(len(ids) for ids in job.windows)
     needed = sum(unit.bytes for unit in missing_units) + hidden_bytes
     free = shutil.disk_usage(output).free
     if needed > free:

@@ -3,6 +3,9 @@
 A `Stream` holds the hidden states of every window in front of the current block. `collect` runs them through the block
 as it stands and sums up what the methods of its linears declared; `run_on` runs them through for good.
 
+Where a method looks at the drift (how far the compressed blocks moved the inputs), the base's own states travel beside
+them, through a second copy of the block as it was.
+
 An expert of a mixture sees only the tokens that its router sends it: its statistics are its own tokens', and an expert
 that saw fewer than a quarter as many tokens as it has inputs is compressed with the statistic's neutral element (a
 gram that is the identity: every input counts the same), which the ledger says. A mean over few tokens would look like
@@ -23,7 +26,7 @@ from fettle.methods.quantize.errors import output_error, weight_error
 from fettle.methods.statistics import STATISTICS
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
-from fettle.models.skeleton import Skeleton, Tap
+from fettle.models.skeleton import Skeleton
 from fettle.pipeline.journal import LedgerLine
 from fettle.pipeline.layout import Compression, Layout, Unit
 from fettle.tensors.quantized import QuantizedTensor
@@ -47,7 +50,7 @@ class Job:
     @property
     def last_data_unit(self) -> int:
         """The last unit with a method that declares statistics; -1 where none does."""
-        return max((u.index for u in self.layout.units if any(c.method.statistics for c in u.compressed)), default=-1)
+        return max((u.index for u in self.layout.units if any(c.statistics for c in u.compressed)), default=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,34 @@ class Stream:
         # so a resumed run embeds again; it then takes up the kept states.
         embedded = [self.skeleton.embed(ids.unsqueeze(0)) for ids in job.windows]
         self.skeleton.free_head()
-        self.hidden = embedded if kept is None else [state.to(job.device) for state in kept]
+        states = embedded if kept is None else [state.to(job.device) for state in kept]
+        self.twin: Skeleton | None = None  # the same block as the base has it, where a method looks at the drift
+        if any(STATISTICS[kind].paired for item in job.layout.compressions for kind in item.statistics):
+            self.twin = Skeleton.build(job.checkpoint, job.anatomy, device=job.device)
+            for ids in {len(window): window for window in job.windows}.values():
+                self.twin.embed(ids.unsqueeze(0))
+            self.twin.free_head()
+        count = len(job.windows)
+        self.hidden = states[:count]
+        # A resumed run kept both; a fresh one starts both from the same embeddings.
+        self.original = (states[count:] or list(states)) if self.twin is not None else []
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What has to be kept for a resumed run."""
+        return [*self.hidden, *self.original]
+
+    def load_block(self, block: int) -> None:
+        """Reads a block from the base."""
+        self.skeleton.load_block(block)
+        if self.twin is not None:
+            self.twin.load_block(block)
+
+    def free_block(self, block: int) -> None:
+        """Takes its memory back."""
+        self.skeleton.free_block(block)
+        if self.twin is not None:
+            self.twin.free_block(block)
 
     def checked_weight(self, linear: Linear) -> Tensor:
         """The weight as it stands in the loaded block, float32 [out, in]; NonFiniteError names it."""
@@ -112,32 +142,39 @@ class Stream:
         return weight.cpu()
 
     def collect(self, block: int, stage: Sequence[Compression]) -> dict[str, Seen]:
-        """What the methods of these linears declared, by input group; runs every window through the block once."""
-        wanted = {item.linear.input_group: item.linear.shape[1] for item in stage if item.method.statistics}
-        declared = {
-            group: sorted({k for item in stage if item.linear.input_group == group for k in item.method.statistics})
-            for group in wanted
-        }
+        """What the methods of these linears declared, by input group; sends every window as far as it is needed."""
+        wanted = {item.linear.input_group: item.linear.shape[1] for item in stage if item.statistics}
         if not wanted:
             return {}
-        states = {(g, k): STATISTICS[k].start(wanted[g]) for g, names in declared.items() for k in names}
+        experts = {item.linear.input_group for item in stage if item.linear.expert is not None}
+        declared = {
+            group: sorted({k for item in stage if item.linear.input_group == group for k in item.statistics})
+            for group in wanted
+        }
+        for group in experts & declared.keys():  # the original's router sends other tokens: there are no pairs
+            declared[group] = [kind for kind in declared[group] if not STATISTICS[kind].paired]
+        paired = frozenset(g for g, kinds in declared.items() if any(STATISTICS[k].paired for k in kinds))
+        states = {(g, k): STATISTICS[k].start(wanted[g]) for g, kinds in declared.items() for k in kinds}
         tokens = dict.fromkeys(wanted, 0)
-        batch = 2 * max(1, self.job.workers.threads)  # bounds the inputs that are held at once
+        workers = self.job.workers
+        batch = max(1, workers.threads)  # bounds the inputs that are held at once
         for first in range(0, len(self.hidden), batch):
-            taps = self.job.workers.map(
-                lambda hidden: self._tapped(block, hidden, frozenset(wanted)), self.hidden[first : first + batch]
-            )
-            for group, names in declared.items():
-                inputs = [tap[group] for tap in taps if group in tap]
+            window = range(first, min(first + batch, len(self.hidden)))
+            seen = workers.map(lambda i: self.skeleton.inputs_of(block, self.hidden[i], frozenset(wanted)), window)
+            before = workers.map(lambda i: self._original_inputs(block, i, paired), window)
+            for group, kinds in declared.items():
+                inputs = [taken[group] for taken in seen if group in taken]
                 tokens[group] += sum(len(x) for x in inputs)
-                for kind in names if inputs else ():
-                    STATISTICS[kind].add_(states[group, kind], inputs, self.job.workers)
+                for kind in kinds if inputs else ():
+                    pairs = [torch.stack((b[group], a[group])) for a, b in zip(seen, before, strict=True) if group in b]
+                    given = pairs if STATISTICS[kind].paired else inputs
+                    STATISTICS[kind].add_(states[group, kind], given, workers)
         return {group: self._seen(group, declared[group], states, tokens[group], wanted[group]) for group in wanted}
 
-    def _tapped(self, block: int, hidden: Tensor, groups: frozenset[str]) -> dict[str, Tensor]:
-        tap = Tap()
-        self.skeleton.run_block(block, hidden, tap)
-        return {group: inputs.cpu() for group, inputs in tap.inputs.items() if group in groups}
+    def _original_inputs(self, block: int, window: int, groups: frozenset[str]) -> dict[str, Tensor]:
+        if not groups or self.twin is None:
+            return {}
+        return self.twin.inputs_of(block, self.original[window], groups)
 
     def _seen(
         self, group: str, kinds: list[str], states: dict[tuple[str, str], object], tokens: int, in_features: int
@@ -163,7 +200,7 @@ class Stream:
         """
         found = {}
         for item in unit.compressed:
-            kinds = sorted(item.method.statistics)
+            kinds = sorted(kind for kind in item.statistics if not STATISTICS[kind].paired)
             if not kinds:
                 continue
             in_features = item.linear.shape[1]
@@ -185,14 +222,13 @@ class Stream:
 
     def run_on(self, block: int) -> None:
         """Sends every window through the block as it stands now; NonFiniteError names the block."""
-
-        def one(index: int) -> None:
-            self.hidden[index] = self.skeleton.run_block(block, self.hidden[index])
-
-        self.job.workers.map(one, range(len(self.hidden)))
-        for index, state in enumerate(self.hidden):
+        self.hidden = self.job.workers.map(lambda state: self.skeleton.run_block(block, state), self.hidden)
+        if self.twin is not None:
+            twin = self.twin
+            self.original = self.job.workers.map(lambda state: twin.run_block(block, state), self.original)
+        for index, state in enumerate(self.state):
             if not torch.isfinite(state).all():
                 raise NonFiniteError(
-                    f"block {block} ({self.job.anatomy.blocks[block].name}) turns window {index} into NaN or infinity; "
-                    "its weights cannot compute this text in float32"
+                    f"block {block} ({self.job.anatomy.blocks[block].name}) turns window {index % len(self.hidden)} into "
+                    "NaN or infinity; its weights cannot compute this text in float32"
                 )

@@ -33,7 +33,7 @@ from fettle.models.anatomy import Linear
 from fettle.models.checkpoint import check_finite
 from fettle.models.writer import write_shard
 from fettle.pipeline.journal import Journal, LedgerLine, ShardRecord
-from fettle.pipeline.layout import Compression, Unit
+from fettle.pipeline.layout import METADATA, Compression, Unit
 from fettle.pipeline.stream import Job, Outcome, Stream, compress_linear
 from fettle.progress import Progress
 
@@ -64,10 +64,10 @@ def walk(job: Job, output: Path, journal: Journal, progress: Progress, *, last_u
                 stream = None  # no later method looks at data: stop running the windows
             tensors, lines = _compress_unit(job, unit, stream)
             digests = {name: sha256(_raw_bytes(tensor)).hexdigest() for name, tensor in sorted(tensors.items())}
-            digest = write_shard(output, unit.shard, tensors)
+            digest = write_shard(output, unit.shard, tensors, METADATA)
             del tensors
             if stream is not None and unit.index < job.last_data_unit:  # kept before the journal says so
-                journal.save_inputs(unit.index + 1, stream.hidden)
+                journal.save_inputs(unit.index + 1, stream.state)
             journal.append(
                 ShardRecord(
                     unit=unit.index, shard=unit.shard, sha256=digest, bytes=unit.bytes, tensors=digests,
@@ -97,7 +97,7 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
 
 def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
     assert unit.block is not None
-    stream.skeleton.load_block(unit.block)
+    stream.load_block(unit.block)
     outcomes: list[Outcome] = []
     for stage in _stages(unit.compressed, job.order):
         statistics = stream.collect(unit.block, stage)
@@ -112,7 +112,7 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
         outcomes.extend(solved)
     if unit.index < job.last_data_unit:
         stream.run_on(unit.block)
-    stream.skeleton.free_block(unit.block)
+    stream.free_block(unit.block)
     return outcomes
 
 

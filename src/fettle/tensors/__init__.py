@@ -1,9 +1,9 @@
 """What a compressed weight is: codes that index a grid of levels, times a scale.
 
-    Grid             the levels                                     grid.py
-    Scheme           grid + granularity + scale type + zero point   scheme.py
-    QuantizedTensor  codes, scale, zero point, scheme               quantized.py
-    pack_bits        codes as the standard's int32 words            packing.py
+Grid             the levels                                     grid.py
+Scheme           grid + granularity + scale type + zero point   scheme.py
+QuantizedTensor  codes, scale, zero point, scheme               quantized.py
+pack_bits        codes as the standard's int32 words            packing.py
 """
 
 from __future__ import annotations

@@ -88,7 +88,12 @@ def from_levels(name: str, levels: tuple[float, ...] | list[float]) -> Grid:
     values = tuple(float(level) for level in levels)
     bits = len(values).bit_length() - 1
     ascending = all(a < b for a, b in itertools.pairwise(values))
-    if len(values) != 2**bits or not MIN_BITS <= bits <= MAX_BITS or not ascending or not all(map(math.isfinite, values)):
+    if (
+        len(values) != 2**bits
+        or not MIN_BITS <= bits <= MAX_BITS
+        or not ascending
+        or not all(map(math.isfinite, values))
+    ):
         raise RecipeError(
             f"grid {name!r} has {len(values)} levels {values[:4]}…; a grid is 4, 8, … 256 finite numbers in ascending "
             "order, one for each code"

@@ -1,15 +1,15 @@
 """Codes of 2 to 8 bits as the dense int32 words of compressed-tensors' `pack-quantized`.
 
-A row is one little-endian stream of bits: code i occupies the bits i·b … i·b + b - 1, counted from the least significant
-bit of the first word; codes may straddle words; the rest of the last word is zero.
+A row is one little-endian stream of bits: code i occupies the bits i·b … i·b + b - 1, counted from the least
+significant bit of the first word; codes may straddle words; the rest of the last word is zero.
 
     b = 3    word 0: c0 c0 c0 c1 c1 c1 c2 c2 c2 … c10 c10 │ word 1: c10 c11 c11 c11 …
     bit              0  1  2  3  …                30  31
 
 How ours differs from the standard's own code: eight codes are read as one int64, and three steps of mask, shift and or
 (pairs, then fours, then eights) close the gaps between them, so eight codes become b bytes in eleven vectorised
-operations on words. Rows are packed in chunks that stay in the cache: 44 M weights take a fraction of a second on one core
-and no temporary larger than a few megabytes.
+operations on words. Rows are packed in chunks that stay in the cache: 44 M weights take a fraction of a second on one
+core and no temporary larger than a few megabytes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = 1) -> Tensor:
     """
     if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[axis] != packed_width(count, bits):
         raise CheckpointError(
-            f"packed codes are {packed.dtype} {list(packed.shape)}; {count} codes of {bits} bits along axis {axis} need "
-            f"torch.int32 with {packed_width(count, bits)} words there"
+            f"packed codes are {packed.dtype} {list(packed.shape)}; {count} codes of {bits} bits along axis {axis} "
+            f"need torch.int32 with {packed_width(count, bits)} words there"
         )
     if axis == 0:
         return unpack_bits(packed.T, bits, count).T.contiguous()
@@ -87,9 +87,10 @@ def _pack_aligned(codes: Tensor, bits: int) -> Tensor:
     """Contiguous uint8 [rows, 32·n] → int32 [rows, bits·n]."""
     assert sys.byteorder == "little", "the views below read bytes in little-endian order"
     rows, columns = codes.shape
+    flat = codes.reshape(-1)  # strides of a single row or column may be odd, and views of other widths look at them
     if bits == 8:
-        return codes.view(torch.int32)
-    eights = codes.view(torch.int64)  # [rows, columns / 8]: eight codes in eight bytes
+        return flat.view(torch.int32).view(rows, columns // 4)
+    eights = flat.view(torch.int64).view(rows, columns // 8)  # eight codes in eight bytes
     for width in (8, 16, 32):
         gap = width - bits * width // 8
         high = (eights & ~LOW[width]).bitwise_right_shift_(gap)
@@ -102,11 +103,12 @@ def _unpack_aligned(packed: Tensor, bits: int) -> Tensor:
     """Contiguous int32 [rows, bits·n] → uint8 [rows, 32·n]."""
     assert sys.byteorder == "little", "the views below read bytes in little-endian order"
     rows, words = packed.shape
+    flat = packed.reshape(-1).view(torch.uint8)
     if bits == 8:
-        return packed.view(torch.uint8)
+        return flat.view(rows, words * 4)
     count = words // bits * 4  # groups of eight codes
     spread = torch.zeros(rows, count, 8, dtype=torch.uint8, device=packed.device)
-    spread[:, :, :bits] = packed.view(torch.uint8).view(rows, count, bits)
+    spread[:, :, :bits] = flat.view(rows, count, bits)
     eights = spread.view(rows, count * 8).view(torch.int64)
     for width in (32, 16, 8):
         field = bits * width // 8  # bits that a closed field of `width` holds

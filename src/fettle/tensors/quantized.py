@@ -195,7 +195,9 @@ def stored_shape(state: Mapping[str, Tensor], scheme: Scheme, storage: str) -> t
     for name, (dtype, dimensions) in scheme.state_spec(shape, storage).items():
         found = state.get(name)
         if found is None:
-            raise CheckpointError(f"the tensor {name} is missing; {scheme.describe()} needs it. There are {sorted(state)}")
+            raise CheckpointError(
+                f"the tensor {name} is missing; {scheme.describe()} needs it. There are {sorted(state)}"
+            )
         if found.dtype != dtype or tuple(found.shape) != dimensions:
             raise CheckpointError(
                 f"{name} is {found.dtype} {list(found.shape)}; a weight {list(shape)} in {scheme.describe()} has "
@@ -206,8 +208,8 @@ def stored_shape(state: Mapping[str, Tensor], scheme: Scheme, storage: str) -> t
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
     """Codes as the standard's int8 numbers: 0 … 2**bits-1 becomes -2**(bits-1) … 2**(bits-1)-1."""
-    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return codes.to(torch.int16).sub_(2 ** (bits - 1)).to(torch.int8)
 
 
 def _unsigned(numbers: Tensor, bits: int) -> Tensor:
-    return (numbers.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    return numbers.to(torch.int16).add_(2 ** (bits - 1)).to(torch.uint8)

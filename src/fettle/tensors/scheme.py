@@ -67,12 +67,12 @@ class Scheme:
         size = self.group_size
         if self.granularity == "group" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise RecipeError(
-                f"group_size={size!r} cannot be with granularity 'group'; allowed: integers from 1. Try group_size: 32, "
-                "or granularity: channel for one scale a row"
+                f"group_size={size!r} cannot be with granularity 'group'; allowed: integers from 1. Try group_size: "
+                "32, or granularity: channel for one scale a row"
             )
         if self.granularity != "group" and size is not None:
             raise RecipeError(
-                f"group_size={size!r} belongs to granularity 'group', got granularity {self.granularity!r}; leave it out"
+                f"group_size={size!r} belongs to granularity 'group', got {self.granularity!r}; leave it out"
             )
         if self.zero_point and not self.grid.is_uniform:
             raise RecipeError(f"a zero point needs the uniform grid, got {self.grid.name!r}; use asymmetric: false")

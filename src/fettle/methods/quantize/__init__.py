@@ -1,1 +1,6 @@
-"""."""
+"""Methods that choose codes. One import line registers a method."""
+
+from __future__ import annotations
+
+from fettle.methods.quantize.gptq import Gptq as Gptq
+from fettle.methods.quantize.round_to_nearest import RoundToNearest as RoundToNearest

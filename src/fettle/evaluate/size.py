@@ -1,0 +1,45 @@
+"""Bytes and bits of a written model, counted from the headers of its files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fettle.models.anatomy import Anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.storage import stored_schemes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a model's files hold."""
+
+    bytes: int  # length of the safetensors files
+    tensor_bytes: int
+    parameters: int  # a tied matrix counts once
+    bits_per_weight: float | None  # over the linears stored as codes; None where there are none
+    model_bits_per_weight: float
+
+
+def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
+    """Counts everything stored: codes, scales, zero points, shapes."""
+    stored = stored_schemes(checkpoint, anatomy)
+    outside = [linear for linear in (anatomy.embedding, anatomy.head) if linear is not None]
+    compressed = {linear.name: linear for linear in [*anatomy.linears(), *outside] if linear.name in stored}
+    code_bytes, code_weights, covered = 0, 0, set()
+    for linear in compressed.values():
+        names = {name for name in checkpoint.entries if name.rpartition(".")[0] == linear.name and "bias" not in name} - covered
+        if not names:
+            continue  # the other name of a tied matrix
+        covered |= names
+        code_bytes += sum(checkpoint.entries[name].nbytes for name in names)
+        code_weights += linear.shape[0] * linear.shape[1]
+    dense = sum(math.prod(entry.shape) for name, entry in checkpoint.entries.items() if name not in covered)
+    tensor_bytes = sum(entry.nbytes for entry in checkpoint.entries.values())
+    return Size(
+        bytes=sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
+        tensor_bytes=tensor_bytes,
+        parameters=dense + code_weights,
+        bits_per_weight=8 * code_bytes / code_weights if code_weights else None,
+        model_bits_per_weight=8 * tensor_bytes / (dense + code_weights),
+    )

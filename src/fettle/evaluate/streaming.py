@@ -1,0 +1,236 @@
+"""Measure the files of a model against the original's, one block of each in memory at a time.
+
+The windows go through both models side by side:
+
+    embed both → for each block: load it from both, run every window, compare, free → final norm and head, a window at
+    a time: logits of both → `quality.measure_tokens`
+
+So a model is measured on a machine that could not load it, the error is known after every block, and what is measured is
+what the files say, read as any loader reads them. The hidden states of all windows of both models are the price:
+tokens · hidden · 4 bytes each. Windows are independent and run side by side; each sum has one order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import Windows
+from fettle.errors import NonFiniteError, UsageError
+from fettle.evaluate.memory import peak_memory_bytes, restart_peak
+from fettle.evaluate.quality import TokenMeasures, concatenate, measure_tokens
+from fettle.evaluate.result import Evaluation
+from fettle.evaluate.size import measure_size
+from fettle.evaluate.worst import kl_histogram, worst_tokens
+from fettle.models.anatomy import Anatomy, read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.skeleton import Skeleton
+from fettle.progress import Progress, Silent
+from fettle.workers import Workers
+
+
+@dataclass(kw_only=True)
+class _Side:
+    """One of the two models on its way through the windows."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    skeleton: Skeleton
+    hidden: list[Tensor]
+
+    @classmethod
+    def open(cls, folder: Path, windows: Windows, device: str, generic: bool) -> _Side:
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.verify_hashes()
+        anatomy = read_anatomy(checkpoint, generic=generic)
+        skeleton = Skeleton.build(checkpoint, anatomy, device=device)
+        hidden = [skeleton.embed(ids) for ids in windows.ids]
+        skeleton.free_head()
+        return cls(folder=folder, checkpoint=checkpoint, anatomy=anatomy, skeleton=skeleton, hidden=hidden)
+
+    def run_block(self, index: int, workers: Workers) -> None:
+        self.skeleton.load_block(index)
+        self.hidden = workers.map(lambda hidden: self.skeleton.run_block(index, hidden), self.hidden)
+        self.skeleton.free_block(index)
+        for window, state in enumerate(self.hidden):
+            if not torch.isfinite(state).all():
+                raise NonFiniteError(
+                    f"block {index} ({self.anatomy.blocks[index].name}) of {self.folder} turns window {window} into NaN or "
+                    "infinity; the files are damaged, or the model cannot compute this text"
+                )
+
+
+def evaluate(
+    model: Path,
+    reference: Path | None,
+    windows: Windows,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures the written files of `model`, against those of `reference` where one is given.
+
+    Raises:
+        UsageError: the two do not have the same blocks or vocabulary.
+        ModelError: damaged files; activations that are not finite name their block.
+    """
+    started = time.monotonic()
+    restart_peak()
+    with Workers(threads) as workers, torch.no_grad():
+        side = _Side.open(model, windows, device, generic)
+        other = _Side.open(reference, windows, device, generic) if reference is not None else None
+        if other is not None:
+            _require_alike(side.anatomy, other.anatomy)
+        errors = _through_blocks(side, other, workers, progress or Silent())
+        measures = None
+        if side.anatomy.causal and side.anatomy.head is not None:
+            measures = _through_head(side, other, windows, workers)
+        hashes = side.checkpoint.file_hashes(), other.checkpoint.file_hashes() if other is not None else {}
+    fields = _sizes(side, other) | (_language(measures, windows, side) if measures is not None else {})
+    if other is not None:
+        fields |= {"error_by_block": errors, **_outputs(side, other)}
+    return Evaluation(
+        **fields,
+        tokens=len(measures.loss) if measures is not None else sum(len(ids) for ids in windows.ids),
+        text_source=windows.source,
+        text_sha256=windows.sha256,
+        text_note=windows.note,
+        window_tokens=max(len(ids) for ids in windows.ids),
+        model_hashes=hashes[0],
+        reference_hashes=hashes[1],
+        versions=_versions(),
+        seconds=round(time.monotonic() - started, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _require_alike(anatomy: Anatomy, reference: Anatomy) -> None:
+    if len(anatomy.blocks) != len(reference.blocks):
+        raise UsageError(
+            f"the model has {len(anatomy.blocks)} blocks and the reference {len(reference.blocks)}; give the model that it was "
+            "made from"
+        )
+    if anatomy.embedding and reference.embedding and anatomy.embedding.shape != reference.embedding.shape:
+        raise UsageError(
+            f"the model's embedding is {list(anatomy.embedding.shape)} and the reference's {list(reference.embedding.shape)}: "
+            "another vocabulary or width; give the model that it was made from"
+        )
+
+
+def _through_blocks(side: _Side, other: _Side | None, workers: Workers, progress: Progress) -> list[float]:
+    """Runs both through all blocks; relative error of the hidden states after each."""
+    errors = []
+    with progress.task("evaluating", len(side.anatomy.blocks)) as task:
+        for index in range(len(side.anatomy.blocks)):
+            side.run_block(index, workers)
+            if other is not None:
+                other.run_block(index, workers)
+                errors.append(relative_error(side.hidden, other.hidden))
+            task.advance()
+    return errors
+
+
+def relative_error(hidden: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """‖h - h_ref‖ / ‖h_ref‖ over all windows, summed in float64."""
+    difference = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(hidden, reference, strict=True))
+    norm = sum(float(b.square().sum(dtype=torch.float64)) for b in reference)
+    return math.sqrt(difference / norm) if norm else 0.0
+
+
+def _through_head(side: _Side, other: _Side | None, windows: Windows, workers: Workers) -> TokenMeasures:
+    side.skeleton.load_head()
+    if other is not None:
+        other.skeleton.load_head()
+
+    def one(index: int) -> TokenMeasures:
+        targets = windows.ids[index][1:]
+        logits = side.skeleton.logits(side.hidden[index])[0, :-1].cpu()
+        against = None if other is None else other.skeleton.logits(other.hidden[index])[0, :-1].cpu()
+        return measure_tokens(logits, targets, against)
+
+    measured = concatenate(workers.map(one, range(len(windows.ids))))
+    side.skeleton.free_head()
+    if other is not None:
+        other.skeleton.free_head()
+    return measured
+
+
+def _language(measures: TokenMeasures, windows: Windows, side: _Side) -> dict[str, Any]:
+    loss = measures.loss
+    fields = _perplexity(loss, windows.text_bytes, "")
+    if measures.kl is None or measures.reference_loss is None:
+        return fields
+    assert measures.agreement is not None and measures.probability_change is not None
+    tokenizer = load_tokenizer(side.folder)
+    return (
+        fields
+        | _perplexity(measures.reference_loss, windows.text_bytes, "reference_")
+        | {
+            "kl_mean": measures.kl.mean().item(),
+            "kl_median": measures.kl.median().item(),
+            "kl_p99": torch.sort(measures.kl).values[min(len(loss) - 1, math.ceil(0.99 * len(loss)) - 1)].item(),
+            "kl_max": measures.kl.max().item(),
+            "top1_agreement": measures.agreement.double().mean().item(),
+            "probability_rms_change": measures.probability_change.square().mean().sqrt().item(),
+            "kl_histogram": kl_histogram(measures.kl),
+            "worst_tokens": worst_tokens(measures, windows, tokenizer),
+        }
+    )
+
+
+def _perplexity(loss: Tensor, text_bytes: int, prefix: str) -> dict[str, float]:
+    mean = loss.mean().item()
+    deviation = loss.std().item() if len(loss) > 1 else 0.0
+    perplexity = math.exp(min(mean, 700.0))  # a model of noise must not overflow the number
+    found = {
+        f"{prefix}perplexity": perplexity,
+        f"{prefix}perplexity_standard_error": perplexity * deviation / math.sqrt(len(loss)),
+    }
+    if text_bytes:
+        found[f"{prefix}bits_per_byte"] = loss.sum().item() / math.log(2) / text_bytes
+    return found
+
+
+def _outputs(side: _Side, other: _Side) -> dict[str, float]:
+    cosines = [torch.nn.functional.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(side.hidden, other.hidden, strict=True)]
+    return {
+        "output_relative_error": relative_error(side.hidden, other.hidden),
+        "output_cosine": torch.cat(cosines).double().mean().item(),
+    }
+
+
+def _sizes(side: _Side, other: _Side | None) -> dict[str, Any]:
+    size = measure_size(side.checkpoint, side.anatomy)
+    fields: dict[str, Any] = {
+        "bytes": size.bytes,
+        "bits_per_weight": size.bits_per_weight,
+        "model_bits_per_weight": size.model_bits_per_weight,
+        "parameters": size.parameters,
+    }
+    if other is not None:
+        base = measure_size(other.checkpoint, other.anatomy)
+        fields |= {"reference_bytes": base.bytes, "reference_model_bits_per_weight": base.model_bits_per_weight}
+    return fields
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    return {
+        "fettle": version("fettle-llm"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }

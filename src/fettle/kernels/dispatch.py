@@ -1,0 +1,61 @@
+"""Which function multiplies: one table of op × format × device, one look-up, and a sentence that says the choice.
+
+A faster kernel adds its row to `KERNELS` in front of the reference; nobody else chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fettle.errors import UsageError, unknown_word
+from fettle.kernels.reference import int_linear, packed_linear
+from fettle.tensors.scheme import Scheme
+
+Linear = Callable[[Tensor, Mapping[str, Tensor], Scheme, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One way to run an op.
+
+    Attributes:
+        op: "linear".
+        format: the storage that it reads.
+        devices: torch device types, or empty for any.
+        name: for people.
+        run: inputs, state, scheme, bias → outputs.
+    """
+
+    op: str
+    format: str
+    devices: tuple[str, ...]
+    name: str
+    run: Linear
+
+
+KERNELS: tuple[Kernel, ...] = (  # the first that fits runs
+    Kernel(op="linear", format="pack-quantized", devices=(), name="reference (dequantize by tiles)", run=packed_linear),
+    Kernel(op="linear", format="int-quantized", devices=(), name="reference (dequantize by tiles)", run=int_linear),
+)
+
+
+def find(op: str, format: str, device: str) -> Kernel:
+    """The kernel for an op on tensors of a storage format on a device type.
+
+    Raises:
+        UsageError: there is none; names what there is.
+    """
+    for kernel in KERNELS:
+        if kernel.op == op and kernel.format == format and (not kernel.devices or device in kernel.devices):
+            return kernel
+    known = {f"{kernel.op} × {kernel.format}" for kernel in KERNELS}
+    raise UsageError(f"{unknown_word('kernel', f'{op} × {format}', known)}; the device was {device}")
+
+
+def explain(op: str, format: str, device: str) -> str:
+    """One sentence: which kernel runs, and for what."""
+    kernel = find(op, format, device)
+    return f"{op} on {format} codes on {device} runs the {kernel.name} kernel"

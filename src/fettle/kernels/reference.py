@@ -1,0 +1,90 @@
+"""The reference: dequantize a tile of rows, multiply, go on. Every faster kernel is compared with this.
+
+    outputs [tokens, out] = inputs [tokens, in] · dequantize(state)ᵀ + bias
+
+Arithmetic is float32 whatever the inputs' type (on CPUs without bf16 units a bf16 product is forty times slower), and
+the result is cast back. Memory beside inputs and outputs: one tile of at most 4 M weights, so a layer is never dense
+as a whole unless it is small; a small one takes a single product, bit for bit that of a dense linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fettle.tensors.packing import unpack_bits
+from fettle.tensors.quantized import dequantize_rows, row_tiles
+from fettle.tensors.scheme import Scheme
+
+TILE_WEIGHTS = 1 << 22
+
+
+def packed_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
+    """Multiplies with a `pack-quantized` state; see `QuantizedTensor.to_state` for its tensors.
+
+    Args:
+        inputs: [..., in], any floating type.
+        state: weight_packed, weight_shape, weight_scale, and weight_zero_point where the scheme has one.
+        scheme: what the state means.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in the inputs' type.
+    """
+    packed, in_features = state["weight_packed"], inputs.shape[-1]
+    zero_point = _zero_point(state, scheme, packed.shape[0])
+
+    def rows_of(rows: slice) -> Tensor:
+        return unpack_bits(packed[rows], scheme.grid.bits, in_features)
+
+    return _tiled(inputs, (packed.shape[0], rows_of), (state["weight_scale"], zero_point), scheme, bias)
+
+
+def int_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
+    """Multiplies with an `int-quantized` state: weight int8 [out, in]; otherwise as `packed_linear`."""
+    weight = state["weight"]
+    zero_point = _zero_point(state, scheme, weight.shape[0])
+
+    def rows_of(rows: slice) -> Tensor:
+        return (weight[rows].to(torch.int16) + 128).to(torch.uint8)
+
+    return _tiled(inputs, (weight.shape[0], rows_of), (state["weight_scale"], zero_point), scheme, bias)
+
+
+def _tiled(
+    inputs: Tensor,
+    codes: tuple[int, Callable[[slice], Tensor]],
+    shared: tuple[Tensor, Tensor | None],
+    scheme: Scheme,
+    bias: Tensor | None,
+) -> Tensor:
+    out_features, rows_of = codes
+    scale, zero_point = shared
+    whole = scheme.granularity == "tensor"
+    if whole:
+        scale = scale.reshape(1, 1)
+    wide = inputs.float()
+    outputs = []
+    for rows in row_tiles(out_features, inputs.shape[-1], TILE_WEIGHTS):
+        weight = dequantize_rows(
+            rows_of(rows),
+            scale if whole else scale[rows],
+            zero_point if zero_point is None or whole else zero_point[rows],
+            scheme,
+        )
+        outputs.append(linear(wide, weight.float(), None if bias is None else bias[rows].float()))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(inputs.dtype)
+
+
+def _zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features: int) -> Tensor | None:
+    """Zero points as uint8 codes [out, groups] (or [1, 1]); they are few, so all rows at once."""
+    if not scheme.zero_point:
+        return None
+    stored = state["weight_zero_point"]
+    if stored.dtype == torch.int32:
+        return unpack_bits(stored, scheme.grid.bits, out_features, axis=0)
+    codes = stored.to(torch.int16).add_(2 ** (scheme.grid.bits - 1)).to(torch.uint8)
+    return codes.reshape(1, 1) if scheme.granularity == "tensor" else codes

@@ -1,0 +1,54 @@
+"""The fields that every quantizer of uniform grids shares, and the scheme that they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fettle.errors import RecipeError
+from fettle.tensors.grid import uniform
+from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformFields:
+    """Recipe keys of a uniform scheme."""
+
+    bits: int = field(default=4, metadata={"help": "bits a code", "minimum": 2, "maximum": 8})
+    group_size: int | None = field(
+        default=32, metadata={"help": "columns that share a scale; none for one scale a row", "minimum": 1}
+    )
+    granularity: Granularity | None = field(
+        default=None,
+        metadata={"help": "what shares a scale; none lets group_size say it, channel and tensor overrule it"},
+    )
+    asymmetric: bool = field(default=False, metadata={"help": "store a zero point with each scale"})
+    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = field(
+        default="auto", metadata={"help": "type of the scales; auto is the model's own"}
+    )
+
+    def validate(self) -> None:
+        """Checks that the fields fit together.
+
+        Raises:
+            RecipeError: groups without a size.
+        """
+        if self.granularity == "group" and self.group_size is None:
+            raise RecipeError(
+                "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
+            )
+
+    def scheme(self, dtype: str) -> Scheme:
+        """The scheme; `dtype` is the model's own, for scale_dtype "auto"."""
+        granularity = self.granularity or ("channel" if self.group_size is None else "group")
+        if self.scale_dtype != "auto":
+            dtype = self.scale_dtype
+        scheme = Scheme(
+            grid=uniform(self.bits),
+            granularity=granularity,
+            group_size=self.group_size if granularity == "group" else None,
+            zero_point=self.asymmetric,
+            scale_dtype=dtype if dtype in SCALE_DTYPES else "float32",
+        )
+        scheme.validate()
+        return scheme

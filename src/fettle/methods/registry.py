@@ -1,0 +1,112 @@
+"""Every method by its name, and methods from the plain values of a recipe or of flags.
+
+A method is registered by its import line in `methods/quantize/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fettle.errors import RecipeError, unknown_word
+from fettle.methods import quantize
+from fettle.methods.protocols import MatrixMethod
+
+
+def _as_method(value: Any) -> type[MatrixMethod] | None:
+    """`value` if it is a method's class: what the package imports beside them is none."""
+    found = isinstance(value, type) and dataclasses.is_dataclass(value) and hasattr(value, "compress")
+    return typing.cast(type[MatrixMethod], value) if found else None
+
+
+METHODS: dict[str, type[MatrixMethod]] = {
+    cls.name: cls for cls in map(_as_method, vars(quantize).values()) if cls is not None
+}
+
+
+def get(name: str) -> type[MatrixMethod]:
+    """The method of this name.
+
+    Raises:
+        RecipeError: there is none; offers the nearest spelling.
+    """
+    if name not in METHODS:
+        raise RecipeError(unknown_word("method", name, METHODS))
+    return METHODS[name]
+
+
+def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
+    """A checked method from plain values; what is not given keeps its default.
+
+    Raises:
+        RecipeError: an unknown method or field (with the nearest spelling), or a value that cannot be.
+    """
+    cls = get(name)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for key in mapping:
+        if key not in fields:
+            raise RecipeError(unknown_word(f"field of the method {name}", str(key), fields))
+    method = cls(**mapping)
+    validate(method)
+    return method
+
+
+def to_fields(method: MatrixMethod) -> dict[str, Any]:
+    """Every field with its value: what `from_fields` reads back to an equal method."""
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+
+
+def validate(method: MatrixMethod) -> None:
+    """Checks every field's type and bounds, then what the method itself asks.
+
+    Raises:
+        RecipeError: says the field, the value, the allowed set and the next step.
+    """
+    hints = get_type_hints(type(method))
+    for field in dataclasses.fields(method):
+        value, hint = getattr(method, field.name), hints[field.name]
+        members = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        if not any(_fits(value, member, field.metadata) for member in members):
+            raise RecipeError(
+                f"{method.name}: {field.name}={value!r} cannot be; allowed: {_allowed(members, field.metadata)}. "
+                f"Leave it out for the default, {_spelled(field.default)}"
+            )
+    method.validate()
+
+
+def _fits(value: Any, member: Any, metadata: Mapping[str, Any]) -> bool:
+    if member is types.NoneType or value is None:
+        return member is types.NoneType and value is None
+    if get_origin(member) is Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in get_args(member))
+    if member is bool or isinstance(value, bool):
+        return member is bool and isinstance(value, bool)
+    if member in (int, float):
+        if not isinstance(value, int if member is int else (int, float)) or not math.isfinite(value):
+            return False
+        return bool(metadata.get("minimum", -math.inf) <= value <= metadata.get("maximum", math.inf))
+    return isinstance(value, member)
+
+
+def _allowed(members: tuple[Any, ...], metadata: Mapping[str, Any]) -> str:
+    words: list[str] = []
+    for member in members:
+        if get_origin(member) is Literal:
+            words += [_spelled(choice) for choice in get_args(member)]
+        elif member in (int, float):
+            kind = "integers" if member is int else "numbers"
+            low, high = metadata.get("minimum"), metadata.get("maximum")
+            words.append(
+                kind + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
+            )
+        else:
+            words.append({bool: "true, false", types.NoneType: "none"}.get(member, getattr(member, "__name__", "")))
+    return ", ".join(words)
+
+
+def _spelled(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

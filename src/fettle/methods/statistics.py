@@ -1,0 +1,156 @@
+"""What a method can ask the walk to collect on the inputs of its linear.
+
+    gram    inputsᵀ·inputs [in, in]: how strongly each input, and each pair of inputs, is driven. With it the error that
+            a changed weight makes in the outputs is exact: ‖(W - V)·inputsᵀ‖² = tr(Δ·gram·Δᵀ).
+    drift   (original inputs - inputs)ᵀ·inputs [in, in]: how far compressed blocks before this one moved its inputs.
+
+The gram is summed in float32, one window after the other, by tiles of 512 x 512 of its lower triangle; the tiles are
+independent and run side by side, so 1 and 2 threads give the same bits. The upper triangle is copied at the end.
+Why not float64: a sum over W windows of positive terms rounds by about √W · 6e-8 relative, 1e-6 for 256 windows, and
+GPTQ adds a hundredth of the mean diagonal before it inverts; float64 would double the largest tensor of the whole run.
+
+Cost: tokens · in² multiply-adds (half of them saved); memory in² · 4 bytes and one copy of the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fettle.workers import Workers
+
+TILE = 512  # columns; fixed, so that the order of every sum is
+
+
+class Statistic(Protocol):
+    """Something to collect on inputs [tokens, in]; the state is its own business."""
+
+    name: ClassVar[str]
+    paired: ClassVar[bool]  # whether it is fed (original inputs, inputs) pairs [2, tokens, in]
+
+    def start(self, in_features: int) -> Any:
+        """An empty state."""
+        ...
+
+    def add_(self, state: Any, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Adds windows of inputs, each [tokens, in], in their order; how they are batched changes no bit."""
+        ...
+
+    def finish(self, state: Any) -> Tensor:
+        """The statistic; the state is used up."""
+        ...
+
+    def neutral(self, in_features: int) -> Tensor:
+        """What stands for knowing nothing: every input counts the same."""
+        ...
+
+    def memory_bytes(self, in_features: int) -> int:
+        """Bytes of the state and of the finished statistic (they share them)."""
+        ...
+
+
+@dataclass
+class GramState:
+    """A gram on its way: the lower triangle, by tiles.
+
+    Attributes:
+        total: float32 [in, in]; above the diagonal tiles it is undefined until `finish`.
+        tokens: how many inputs were added.
+    """
+
+    total: Tensor
+    tokens: int = 0
+
+
+class Gram:
+    """inputsᵀ·inputs, float32 [in, in]."""
+
+    name: ClassVar[str] = "gram"
+    paired: ClassVar[bool] = False
+
+    def start(self, in_features: int) -> GramState:
+        """No inputs yet: zero."""
+        return GramState(total=torch.zeros(in_features, in_features))
+
+    def add_(self, state: GramState, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Adds windows of inputs [tokens, in], in their order."""
+        total, in_features = state.total, len(state.total)
+        windows = [window.detach().float().contiguous() for window in inputs if len(window)]
+
+        def tile(corner: tuple[int, int]) -> None:
+            row, column = corner
+            target = total[row : row + TILE, column : column + TILE]
+            for window in windows:
+                target.addmm_(window[:, row : row + TILE].T, window[:, column : column + TILE])
+
+        starts = range(0, in_features, TILE)
+        with torch.no_grad():
+            workers.map(tile, [(row, column) for row in starts for column in starts if column <= row])
+        state.tokens += sum(len(window) for window in windows)
+
+    def finish(self, state: GramState) -> Tensor:
+        """The symmetric gram: the upper triangle is the lower one's mirror image, exactly."""
+        total = state.total
+        for row in range(0, len(total), TILE):
+            for column in range(0, row, TILE):
+                total[column : column + TILE, row : row + TILE] = total[row : row + TILE, column : column + TILE].T
+            corner = total[row : row + TILE, row : row + TILE]
+            corner.copy_(corner.tril() + corner.tril(-1).T)
+        return total
+
+    def neutral(self, in_features: int) -> Tensor:
+        """The identity: every input as strong as every other, none related."""
+        return torch.eye(in_features)
+
+    def memory_bytes(self, in_features: int) -> int:
+        """One float32 matrix [in, in]."""
+        return 4 * in_features * in_features
+
+
+class Drift:
+    """(original inputs - inputs)ᵀ·inputs, float32 [in, in]: how far compressed blocks before this one moved its inputs.
+
+    Each window is a pair, (original inputs, inputs), as one tensor [2, tokens, in].
+    """
+
+    name: ClassVar[str] = "drift"
+    paired: ClassVar[bool] = True
+
+    def start(self, in_features: int) -> GramState:
+        """No inputs yet: zero."""
+        return GramState(total=torch.zeros(in_features, in_features))
+
+    def add_(self, state: GramState, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Adds pairs of windows [2, tokens, in], in their order."""
+        total, in_features = state.total, len(state.total)
+        windows = [(pair[0].float() - pair[1].float(), pair[1].float().contiguous()) for pair in inputs if pair.numel()]
+
+        def tile(corner: tuple[int, int]) -> None:
+            row, column = corner
+            target = total[row : row + TILE, column : column + TILE]
+            for moved, window in windows:
+                target.addmm_(moved[:, row : row + TILE].T, window[:, column : column + TILE])
+
+        starts = range(0, in_features, TILE)
+        with torch.no_grad():
+            workers.map(tile, [(row, column) for row in starts for column in starts])
+        state.tokens += sum(len(window) for _, window in windows)
+
+    def finish(self, state: GramState) -> Tensor:
+        """The sum."""
+        return state.total
+
+    def neutral(self, in_features: int) -> Tensor:
+        """Zero: nothing moved."""
+        return torch.zeros(in_features, in_features)
+
+    def memory_bytes(self, in_features: int) -> int:
+        """One float32 matrix [in, in]."""
+        return 4 * in_features * in_features
+
+
+STATISTICS: dict[str, Statistic] = {Gram.name: Gram(), Drift.name: Drift()}

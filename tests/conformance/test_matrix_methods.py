@@ -1,0 +1,232 @@
+"""What every matrix method owes, over the registry: a new method is checked by being registered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tests.methods.quantize.problems import correlated_gram, random_weight
+from torch import Tensor
+
+from fettle.errors import NonFiniteError
+from fettle.methods.quantize.errors import output_error, weight_error
+from fettle.methods.quantize.round_to_nearest import round_to_nearest
+from fettle.methods.registry import METHODS, from_fields, to_fields
+from fettle.methods.statistics import STATISTICS
+from fettle.tensors import QuantizedTensor, Scheme, quantize
+from fettle.workers import Workers
+
+# Every combination that changes a code path; kept few, as the suite runs over all methods.
+FIELDS: list[dict[str, Any]] = [
+    {"bits": 4, "group_size": 32, "asymmetric": True},
+    {"bits": 3, "group_size": 32, "asymmetric": False, "scale_dtype": "float16"},
+    {"bits": 2, "group_size": None, "asymmetric": True},
+    {"bits": 8, "granularity": "tensor", "scale_dtype": "float32"},
+]
+SHAPES = [(7, 172), (64, 172), (5, 20), (1, 1), (3, 33)]
+
+every_method = pytest.mark.parametrize("name", METHODS)
+every_field = pytest.mark.parametrize("fields", FIELDS, ids=lambda f: "-".join(str(v) for v in f.values()))
+
+
+def statistics_of(in_features: int, seed: int = 0) -> dict[str, Tensor]:
+    """Every known statistic of correlated inputs without drift: more than any one method declares."""
+    known = {name: kind.neutral(in_features) for name, kind in STATISTICS.items()}
+    return {**known, "gram": correlated_gram(in_features, seed)}
+
+
+def compress(
+    name: str, fields: dict[str, Any], weight: Tensor, statistics: dict[str, Tensor], dtype: str = "bfloat16"
+) -> QuantizedTensor:
+    """Compresses with only the statistics that the method declares: it must not reach for others."""
+    method = from_fields(name, fields)
+    declared = {kind: statistics[kind] for kind in method.statistics}
+    return method.compress(weight, declared, dtype=dtype)
+
+
+def assert_same(one: QuantizedTensor, other: QuantizedTensor) -> None:
+    assert one.scheme == other.scheme
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scale, other.scale)
+    assert (one.zero_point is None) == (other.zero_point is None)
+    if one.zero_point is not None and other.zero_point is not None:
+        assert torch.equal(one.zero_point, other.zero_point)
+
+
+def assert_well_formed(found: QuantizedTensor, shape: tuple[int, int], scheme: Scheme) -> None:
+    assert found.scheme == scheme
+    assert (found.shape, found.codes.dtype) == (shape, torch.uint8)
+    assert int(found.codes.max()) < 2**scheme.grid.bits
+    assert tuple(found.scale.shape) == scheme.scale_shape(shape)
+    assert found.scale.dtype == scheme.torch_scale_dtype
+    assert bool((found.scale > 0).all())
+    assert (found.zero_point is not None) == scheme.zero_point
+    assert bool(torch.isfinite(found.dequantize()).all())
+
+
+@every_method
+@every_field
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_odd_sizes(name: str, fields: dict[str, Any], shape: tuple[int, int]) -> None:
+    found = compress(name, fields, random_weight(*shape), statistics_of(shape[1]))
+    assert_well_formed(found, shape, from_fields(name, fields).scheme("bfloat16"))
+
+
+@every_method
+@pytest.mark.parametrize("group_size", [1, 5, 171, 1000])
+def test_odd_groups(name: str, group_size: int) -> None:
+    fields = {"group_size": group_size, "asymmetric": True}
+    found = compress(name, fields, random_weight(6, 172), statistics_of(172))
+    assert_well_formed(found, (6, 172), from_fields(name, fields).scheme("bfloat16"))
+    assert output_error(random_weight(6, 172), found, correlated_gram(172)) < 0.05
+
+
+@every_method
+@every_field
+def test_deterministic(name: str, fields: dict[str, Any]) -> None:
+    weight, statistics = random_weight(7, 172), statistics_of(172)
+    assert_same(compress(name, fields, weight, statistics), compress(name, fields, weight, statistics))
+
+
+@every_method
+@every_field
+def test_threads_change_no_bit(name: str, fields: dict[str, Any]) -> None:
+    problems = [(random_weight(9, 172, seed), statistics_of(172, seed)) for seed in range(3)]
+    found = []
+    for threads in (1, 2):
+        with Workers(threads) as workers:
+            found.append(workers.map(lambda problem: compress(name, fields, *problem), problems))
+    for one, other in zip(*found, strict=True):
+        assert_same(one, other)
+
+
+@every_method
+@every_field
+def test_weight_and_statistics_are_untouched(name: str, fields: dict[str, Any]) -> None:
+    weight, statistics = random_weight(7, 172), statistics_of(172)
+    copies = weight.clone(), {kind: value.clone() for kind, value in statistics.items()}
+    compress(name, fields, weight, statistics)
+    assert torch.equal(weight, copies[0])
+    assert all(torch.equal(statistics[kind], value) for kind, value in copies[1].items())
+
+
+@every_method
+@every_field
+def test_zero_weights_stay_zero(name: str, fields: dict[str, Any]) -> None:
+    assert not compress(name, fields, torch.zeros(5, 70), statistics_of(70)).dequantize().any()
+    assert (
+        not compress(name, fields, torch.zeros(5, 70), {k: torch.zeros(70, 70) for k in STATISTICS}).dequantize().any()
+    )
+
+
+@every_method
+@every_field
+@pytest.mark.parametrize("hard", ["constant", "outlier", "tiny", "zero rows", "one weight"])
+def test_hard_weights(name: str, fields: dict[str, Any], hard: str) -> None:
+    weight = random_weight(5, 70)
+    if hard == "constant":
+        weight = torch.full((5, 70), 0.3)
+    elif hard == "outlier":
+        weight[2, 3] = 1e4
+    elif hard == "tiny":
+        weight *= 1e-30
+    elif hard == "zero rows":
+        weight[1:3] = 0
+    elif hard == "one weight":
+        weight = torch.zeros(5, 70)
+        weight[2, 3] = -1.0
+    found = compress(name, fields, weight, statistics_of(70))
+    assert_well_formed(found, (5, 70), from_fields(name, fields).scheme("bfloat16"))
+
+
+@every_method
+def test_a_group_without_the_outlier_is_not_hurt(name: str) -> None:
+    weight = random_weight(4, 64)
+    weight[0, 0] = 1e4
+    found = compress(name, {"bits": 8, "group_size": 32}, weight, {k: v.neutral(64) for k, v in STATISTICS.items()})
+    assert weight_error(weight[1:], found.dequantize()[1:]) < 1e-3
+    assert weight_error(weight[:, 32:], found.dequantize()[:, 32:]) < 1e-3
+
+
+@every_method
+@every_field
+def test_dead_columns(name: str, fields: dict[str, Any]) -> None:
+    statistics = statistics_of(70)
+    for value in statistics.values():
+        value[10:20], value[:, 10:20] = 0, 0
+    found = compress(name, fields, random_weight(5, 70), statistics)
+    assert_well_formed(found, (5, 70), from_fields(name, fields).scheme("bfloat16"))
+    nothing = compress(name, fields, random_weight(5, 70), {k: torch.zeros(70, 70) for k in STATISTICS})
+    assert_well_formed(nothing, (5, 70), from_fields(name, fields).scheme("bfloat16"))
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(name: str, bad: float) -> None:
+    weight = random_weight(5, 70)
+    weight[3, 69] = bad
+    with pytest.raises(NonFiniteError):
+        compress(name, {}, weight, statistics_of(70))
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_of_weight_are_accepted(name: str, dtype: torch.dtype) -> None:
+    weight = random_weight(5, 70).to(dtype)
+    assert_same(compress(name, {}, weight, statistics_of(70)), compress(name, {}, weight.float(), statistics_of(70)))
+
+
+@every_method
+@every_field
+def test_values_on_the_grid_come_back(name: str, fields: dict[str, Any]) -> None:
+    found = compress(name, {**fields, "scale_dtype": "float32"}, random_weight(7, 172), statistics_of(172))
+    assert torch.equal(quantize(found.dequantize(), found.scale, found.zero_point, found.scheme).codes, found.codes)
+
+
+@every_method
+@every_field
+def test_state_scheme_and_fields_come_back(name: str, fields: dict[str, Any]) -> None:
+    found = compress(name, fields, random_weight(7, 172), statistics_of(172))
+    scheme = Scheme.from_dict(yaml.safe_load(yaml.safe_dump(found.scheme.to_dict())))
+    for storage in ["pack-quantized"] + (["int-quantized"] if found.scheme.grid.bits == 8 else []):
+        assert_same(QuantizedTensor.from_state(found.to_state(storage), scheme, storage), found)
+    method = from_fields(name, fields)
+    assert from_fields(name, yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
+
+
+@every_method
+@every_field
+def test_reported_bits_are_stored_bits(name: str, fields: dict[str, Any], tmp_path: Any) -> None:
+    found = compress(name, fields, random_weight(64, 172), statistics_of(172))
+    path = tmp_path / "weight.safetensors"
+    save_file(found.to_state(), path)
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    stored = path.stat().st_size - 8 - header
+    assert found.nbytes() == stored
+    assert found.scheme.bits_per_weight((64, 172)) == 8 * stored / (64 * 172)
+    with safe_open(path, "pt") as reopened:
+        state = {key: reopened.get_tensor(key) for key in reopened.keys()}  # noqa: SIM118
+    assert_same(QuantizedTensor.from_state(state, found.scheme), found)
+
+
+@every_method
+@every_field
+def test_no_worse_than_round_to_nearest_in_its_own_objective(name: str, fields: dict[str, Any]) -> None:
+    method = from_fields(name, fields)
+    ours = theirs = 0.0
+    for seed in range(4):
+        weight, statistics = random_weight(24, 172, seed), statistics_of(172, seed)
+        found = compress(name, fields, weight, statistics)
+        nearest = round_to_nearest(weight, method.scheme("bfloat16"))
+        if method.objective == "output_error":
+            ours += output_error(weight, found, statistics["gram"])
+            theirs += output_error(weight, nearest, statistics["gram"])
+        else:
+            ours += weight_error(weight, found)
+            theirs += weight_error(weight, nearest)
+    assert ours <= theirs * (1 + 1e-6)

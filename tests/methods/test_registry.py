@@ -1,0 +1,72 @@
+"""Methods from plain values: what cannot be is refused in words, what can be comes back equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from fettle.errors import RecipeError
+from fettle.methods import registry
+from fettle.methods.registry import METHODS, from_fields, to_fields
+from fettle.methods.statistics import STATISTICS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_declares_itself(name: str) -> None:
+    cls = registry.get(name)
+    assert cls.name == name
+    assert cls.title and cls.source
+    assert cls.objective in ("weight_error", "output_error")
+    assert set(cls.statistics) <= set(STATISTICS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fields_come_back_equal_through_yaml(name: str) -> None:
+    for given in ({}, {"bits": 3, "group_size": None, "asymmetric": True, "scale_dtype": "float16", "clip": "search"}):
+        method = from_fields(name, given)
+        assert from_fields(name, yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 9}, r"gptq: bits=9 cannot be; allowed: integers from 2 to 8.*default, 4"),
+        ({"bits": True}, "bits=True"),
+        ({"bits": "4"}, "bits='4'"),
+        ({"bits": None}, "bits=None"),
+        ({"group_size": 0}, r"group_size=0 cannot be; allowed: integers from 1, none"),
+        ({"group_size": 2.5}, "group_size=2.5"),
+        ({"asymmetric": 1}, "asymmetric=1 cannot be; allowed: true, false"),
+        ({"scale_dtype": "fp16"}, "allowed: auto, float16, bfloat16, float32"),
+        ({"granularity": "rows"}, "allowed: tensor, channel, group, none"),
+        ({"granularity": "group", "group_size": None}, "needs a group_size"),
+        ({"damping": -0.1}, "damping=-0.1 cannot be; allowed: numbers from 0.0 to 1.0"),
+        ({"damping": float("nan")}, "damping=nan"),
+        ({"bit": 4}, "did you mean 'bits'"),
+        ({"groupsize": 4}, "did you mean 'group_size'"),
+    ],
+)
+def test_impossible_fields(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        from_fields("gptq", fields)
+
+
+def test_an_unknown_method_gets_the_nearest_spelling() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'gptq'"):
+        registry.get("gtpq")
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype", "described"),
+    [
+        ({}, "bfloat16", "int4, group 32, bfloat16 scale"),
+        ({"group_size": None}, "float16", "int4, a scale a channel, float16 scale"),
+        ({"granularity": "tensor", "asymmetric": True}, "float32", "int4, a scale a tensor, zero point, float32 scale"),
+        ({"scale_dtype": "float16", "bits": 2}, "bfloat16", "int2, group 32, float16 scale"),
+        ({}, "float64", "int4, group 32, float32 scale"),
+    ],
+)
+def test_fields_say_the_scheme(fields: dict[str, Any], dtype: str, described: str) -> None:
+    assert from_fields("round_to_nearest", fields).scheme(dtype).describe() == described
