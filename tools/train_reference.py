@@ -6,11 +6,13 @@ What: a Llama (grouped-query attention, rotary, SwiGLU, tied embeddings) of 5.2 
 Why: every claim of the project is to be measured on real, trained weights without a download. Random weights do not
 have outlier channels, correlated inputs or a loss worth keeping.
 
-Data: the interpreter's standard library (without its tests) and a few pinned dependencies. Files are split into training
+Data: the interpreter's standard library (without its tests) and a few pinned dependencies. Files are split into
+training
 and held-out modules by the SHA-256 of their relative path, so a module is wholly on one side.
 
 Optimiser: Muon (Jordan et al. 2024) for the matrices, AdamW for embeddings and norms; a trapezoidal learning rate.
-`torch.optim.Muon` computes its Newton-Schulz iteration in bfloat16, which CPUs without bf16 instructions run about forty
+`torch.optim.Muon` computes its Newton-Schulz iteration in bfloat16, which CPUs without bf16 instructions run about
+forty
 times slower than float32; hence the few lines of our own.
 
 Reproducible: seed, file order and split are fixed; the corpus hash goes into the model card. A killed run resumes from
@@ -184,7 +186,9 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def train(
     model: LlamaForCausalLM, batches: Iterator[torch.Tensor], steps: int, stop: int, checkpoint: Path, device: str
 ) -> list[float]:
-    """Trains in float32 for `stop` batches of a schedule of `steps`; resumes from `checkpoint`; returns the loss (nats a token) of each step."""
+    """Trains in float32 for `stop` batches of a schedule of `steps`; resumes from `checkpoint`; returns the loss
+    (nats a token) of each step.
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimisers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=6e-3, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -228,7 +232,8 @@ def train(
 def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], stride: int) -> float:
     """Bits a byte over all texts in one stream, an end-of-text token after each, as a compressor would read them.
 
-    Windows of BOS and 511 tokens, `stride` apart: each token is predicted once, with at least 511 - stride tokens before
+    Windows of BOS and 511 tokens, `stride` apart: each token is predicted once, with at least 511 - stride tokens
+    before
     it. A stride of 511 is the plain non-overlapping protocol. The end-of-text tokens are paid for.
     """
     ids: list[int] = []
@@ -271,9 +276,11 @@ project so that its main job and its tests run on real, trained weights. It is n
 
 | what | value |
 | --- | --- |
-| architecture | Llama, hidden 256, 6 layers, 8 query and 4 key-value heads, MLP 640, tied embeddings, context 512, bf16 |
+| architecture | Llama, hidden 256, 6 layers, 8 query and 4 key-value heads, MLP 640, tied embeddings, context 512,
+bf16 |
 | tokenizer | byte-level BPE, {vocab_size:,} entries, trained on the training modules |
-| training data | {train_files:,} Python modules, {train_bytes:,} bytes: the standard library without its tests, and {dependencies} |
+| training data | {train_files:,} Python modules, {train_bytes:,} bytes: the standard library without its tests, and
+{dependencies} |
 | held-out data | {held_files:,} modules, {held_bytes:,} bytes, split by file; none was seen in training |
 | corpus SHA-256 | `{corpus_sha256}` |
 | steps, tokens | {steps:,} steps (of a schedule of {schedule:,}) of {batch_size} windows of 512, {tokens:,} tokens |
@@ -334,7 +341,7 @@ def main() -> None:
         "train_bytes": sum(len(t.encode()) for t in texts), "dependencies": ", ".join(DEPENDENCIES),
         "held_files": len(held_out), "held_bytes": len(held_bytes), "corpus_sha256": digest.hexdigest(),
         "steps": stop, "schedule": args.steps, "batch_size": args.batch_size, "tokens": stop * args.batch_size * WINDOW,
-        "seed": args.seed, "loss": float(np.mean(losses[-50:])), "bits": bits, "plain_bits": plain_bits, "xz_bits": xz_bits,
+        "seed": args.seed, "loss": float(np.mean(losses[-50:])), "bits": bits, "plain_bits": plain_bits, "xz_bits": xz_bits,  # noqa: E501
         "gain": 1 - bits / xz_bits, "heldout_name": "heldout.txt", "calibration_name": "calibration.txt",
     }  # fmt: skip
     (args.out / "README.md").write_text(CARD.format(**facts), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Kill one compression at random moments and show that every resumed run writes the same bytes.
 
-An undisturbed run is made first. Then, for each of `--kills` moments drawn evenly over its length, a run is started in a fresh
+An undisturbed run is made first. Then, for each of `--kills` moments drawn evenly over its length, a run is started
+in a fresh
 folder, killed with SIGKILL at that moment, and run again to its end; the written folder is compared with the
 undisturbed one, file by file, byte by byte. After the kill the folder must not look finished: no `fettle.json`.
 
@@ -23,7 +24,19 @@ from pathlib import Path
 
 def command(model: str, output: Path, recipe: str) -> list[str]:
     """One compression, measured afterwards so that the card is part of the comparison."""
-    return [sys.executable, "-m", "fettle", "compress", model, "-o", str(output), "--recipe", recipe, "--evaluate", "--json"]
+    return [
+        sys.executable,
+        "-m",
+        "fettle",
+        "compress",
+        model,
+        "-o",
+        str(output),
+        "--recipe",
+        recipe,
+        "--evaluate",
+        "--json",
+    ]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -46,7 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         started = time.monotonic()
-        subprocess.run(command(args.model, root / "whole" / "model", args.recipe), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command(args.model, root / "whole" / "model", args.recipe), check=True, stdout=subprocess.DEVNULL
+        )
         seconds = time.monotonic() - started
         expected = digests(root / "whole" / "model")
         identical = looked_finished = killed_after_end = 0

@@ -57,8 +57,18 @@ def contenders(args: argparse.Namespace, output: Path) -> dict[str, list[str]]:
         name, _, python = peer.partition("=")
         script = PEERS / f"{name}.py"
         if not script.exists() or not Path(python).exists():
-            sys.exit(f"error: --peer {peer}: allowed names: {', '.join(p.stem for p in PEERS.glob('*.py'))}; then = and a Python")
-        found[name] = [python, str(script), str(args.model), str(output), str(args.windows), str(args.length), args.text]
+            sys.exit(
+                f"error: --peer {peer}: allowed names: {', '.join(p.stem for p in PEERS.glob('*.py'))}; then = and a Python"  # noqa: E501
+            )
+        found[name] = [
+            python,
+            str(script),
+            str(args.model),
+            str(output),
+            str(args.windows),
+            str(args.length),
+            args.text,
+        ]
     return found
 
 
@@ -70,7 +80,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--methods", nargs="+", default=["round_to_nearest", "gptq"])
     parser.add_argument("--peer", action="append", default=[], help="name=python of its virtual environment")
-    parser.add_argument("--text", default=str(Path(__file__).parents[2] / "src/fettle/models/reference/calibration.txt"))
+    parser.add_argument(
+        "--text", default=str(Path(__file__).parents[2] / "src/fettle/models/reference/calibration.txt")
+    )
     args = parser.parse_args()
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=args.model.parent) as temporary:

@@ -56,7 +56,11 @@ def write(folder: Path, *, hidden: int = HIDDEN, blocks: int = BLOCKS, mlp: int 
         return torch.empty(shape).normal_(0, 0.02, generator=generator).to(torch.bfloat16)
 
     units: list[dict[str, tuple[int, ...]]] = [
-        {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+        {
+            "model.embed_tokens.weight": (VOCABULARY, hidden),
+            "model.norm.weight": (hidden,),
+            "lm_head.weight": (VOCABULARY, hidden),
+        }
     ]
     inside = block_shapes(hidden, HEADS, KV_HEADS, mlp)
     for first in range(0, blocks, 2):

@@ -4,7 +4,8 @@ Both asymmetric, group 32, at 4, 3 and 2 bits, calibrated on training text. One 
 
     python benchmarks/quality/gptq_ratio.py demo
     python benchmarks/quality/gptq_ratio.py ../shared/assets/models/stories260K \
-        --calibration ../shared/assets/corpora/tinystories/train_a.txt --text ../shared/assets/corpora/tinystories/valid.txt
+        --calibration ../shared/assets/corpora/tinystories/train_a.txt --text
+        ../shared/assets/corpora/tinystories/valid.txt
 """
 
 from __future__ import annotations

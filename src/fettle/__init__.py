@@ -1,12 +1,15 @@
 """fettle: makes a pretrained language model small, fast and cheap to run, and proves what that cost.
 
-Four calls: `load`, `compress`, `evaluate`, `generate`; and two that look first: `plan`, `inspect`. They are imported when
+Four calls: `load`, `compress`, `evaluate`, `generate`; and two that look first: `plan`, `inspect`. They are imported
+when
 they are first used, so that `import fettle` costs nothing.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -17,7 +20,20 @@ if TYPE_CHECKING:
     from fettle.api import compress, evaluate, generate, inspect, load, plan
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("fettle.api"), name)
-    raise AttributeError(f"module 'fettle' has no attribute '{name}'")
+_CALLS = frozenset(__all__) - {"__version__"}
+
+
+class _Library(ModuleType):
+    """The package itself. Importing the room `fettle.evaluate` binds its name here; the call of that name must win."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _CALLS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CALLS:
+            return getattr(importlib.import_module("fettle.api"), name)
+        raise AttributeError(f"module 'fettle' has no attribute '{name}'")
+
+
+sys.modules[__name__].__class__ = _Library

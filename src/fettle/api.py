@@ -1,9 +1,10 @@
-"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the two that look first: `plan`, `inspect`.
+"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the two that look first: `plan`,
+`inspect`.
 
-    import fettle
+import fettle
 
-    result = fettle.compress("demo", "demo-4bit", "gptq-4bit")
-    print(result.evaluation.kl_mean, fettle.generate("demo-4bit", "def add(a, b):"))
+result = fettle.compress("demo", "demo-4bit", "gptq-4bit")
+print(result.evaluation.kl_mean, fettle.generate("demo-4bit", "def add(a, b):"))
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.engine.completion import complete
-from fettle.errors import UsageError
+from fettle.errors import UsageError, unknown_word
 from fettle.evaluate.memory import peak_memory_bytes
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
@@ -50,6 +53,7 @@ from fettle.report.page import write_report
 
 EVALUATION_TOKENS = 16_384  # what `compress` measures itself on
 AFFORDABLE_FLOPS = 2e12  # and the work up to which it does so unasked: under a minute on two cores
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNSTABLE_RESULTS = ("seconds", "peak_memory_bytes", "versions")  # differ from run to run, so not in the written model
 
 
@@ -164,9 +168,7 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
-    windows = evaluation_windows(
-        tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens
-    )
+    windows = evaluation_windows(tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens)
     base = resolve(reference) if reference is not None else None
     return evaluate_streaming(
         folder, base, windows, device=device, threads=threads, generic=generic, progress=progress or Silent()
@@ -174,13 +176,16 @@ def evaluate(
 
 
 def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
-    """Loads a model, compressed or not: `.model` (a transformers model), `.tokenizer`, `.anatomy`. Linears stored as codes stay so.
+    """Loads a model, compressed or not: `.model` (a transformers model), `.tokenizer`, `.anatomy`. Linears stored as
+    codes stay so.
 
     Raises:
         ModelError: damaged files, or tensors that are not those that fettle wrote.
     """
     check_device(device)
-    return load_model(model, device=device, dtype=dtype)
+    if dtype not in DTYPES:
+        raise UsageError(unknown_word("dtype", str(dtype), DTYPES))
+    return load_model(model, device=device, dtype=DTYPES[dtype])
 
 
 def generate(
@@ -224,7 +229,7 @@ def _write_card_and_marker(run: Run, output: Path, journal: Journal, evaluation:
         results = {k: v for k, v in evaluation.to_json().items() if k not in UNSTABLE_RESULTS}
     content = marker(run, output, journal, results)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    method = config["quantization_config"]["quant_method"]
+    method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
     write_text(output / "README.md", model_card(content, run.recipe.to_yaml(), output.name, method))
     write_json(output / MARKER, content)
 

@@ -29,29 +29,45 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything measured on the files of one model; fields without a reference, or of another kind of model, are None."""
+    """Everything measured on the files of one model; fields without a reference, or of another kind of model, are
+    None.
+    """
 
     perplexity: float | None = field(default=None, metadata={"unit": "", "how": "exp of the mean loss a token"})
     perplexity_standard_error: float | None = field(
         default=None, metadata={"unit": "", "how": "perplexity times the standard error of the mean loss"}
     )
     reference_perplexity: float | None = field(default=None, metadata={"unit": "", "how": "the original's"})
-    reference_perplexity_standard_error: float | None = field(default=None, metadata={"unit": "", "how": "the original's"})
-    bits_per_byte: float | None = field(default=None, metadata={"unit": "bits", "how": "summed loss over the text's bytes"})
+    reference_perplexity_standard_error: float | None = field(
+        default=None, metadata={"unit": "", "how": "the original's"}
+    )
+    bits_per_byte: float | None = field(
+        default=None, metadata={"unit": "bits", "how": "summed loss over the text's bytes"}
+    )
     reference_bits_per_byte: float | None = field(default=None, metadata={"unit": "bits", "how": "the original's"})
     kl_mean: float | None = field(default=None, metadata={"unit": "nats a token", "how": "KL(original || model)"})
     kl_median: float | None = field(default=None, metadata={"unit": "nats a token", "how": "KL(original || model)"})
     kl_p99: float | None = field(default=None, metadata={"unit": "nats a token", "how": "KL(original || model)"})
     kl_max: float | None = field(default=None, metadata={"unit": "nats a token", "how": "KL(original || model)"})
-    top1_agreement: float | None = field(default=None, metadata={"unit": "", "how": "share of tokens with the same first choice"})
+    top1_agreement: float | None = field(
+        default=None, metadata={"unit": "", "how": "share of tokens with the same first choice"}
+    )
     probability_rms_change: float | None = field(
         default=None, metadata={"unit": "", "how": "root mean square change of the right token's probability"}
     )
-    output_relative_error: float | None = field(default=None, metadata={"unit": "", "how": "last block, ‖h - h_ref‖ / ‖h_ref‖"})
-    output_cosine: float | None = field(default=None, metadata={"unit": "", "how": "mean cosine of a token's last hidden states"})
-    bits_per_weight: float | None = field(default=None, metadata={"unit": "bits", "how": "everything stored of compressed linears"})
+    output_relative_error: float | None = field(
+        default=None, metadata={"unit": "", "how": "last block, ‖h - h_ref‖ / ‖h_ref‖"}
+    )
+    output_cosine: float | None = field(
+        default=None, metadata={"unit": "", "how": "mean cosine of a token's last hidden states"}
+    )
+    bits_per_weight: float | None = field(
+        default=None, metadata={"unit": "bits", "how": "everything stored of compressed linears"}
+    )
     model_bits_per_weight: float = field(metadata={"unit": "bits", "how": "all tensors' bytes over all parameters"})
-    reference_model_bits_per_weight: float | None = field(default=None, metadata={"unit": "bits", "how": "the original's"})
+    reference_model_bits_per_weight: float | None = field(
+        default=None, metadata={"unit": "bits", "how": "the original's"}
+    )
     bytes: int = field(metadata={"unit": "bytes", "how": "length of the weights' files"})
     reference_bytes: int | None = field(default=None, metadata={"unit": "bytes", "how": "the original's"})
     parameters: int
@@ -95,7 +111,9 @@ class Evaluation:
             value = getattr(self, item.name)
             if "how" in item.metadata and value is not None:
                 found.append(
-                    Result(name=item.name, value=value, unit=item.metadata["unit"], measured=True, how=item.metadata["how"])
+                    Result(
+                        name=item.name, value=value, unit=item.metadata["unit"], measured=True, how=item.metadata["how"]
+                    )
                 )
         return found
 
@@ -106,6 +124,6 @@ def check_gate(evaluation: Evaluation, max_kl: float) -> None:
         raise UsageError("--max-kl needs a KL, and a KL needs --reference with a language model")
     if not evaluation.kl_mean <= max_kl:
         raise QualityGateError(
-            f"the mean KL is {evaluation.kl_mean:.6g} nats a token, above the allowed {max_kl:.6g}; use more bits, smaller "
+            f"the mean KL is {evaluation.kl_mean:.6g} nats a token, above the allowed {max_kl:.6g}; use more bits, smaller "  # noqa: E501
             "groups or gptq, or allow more"
         )

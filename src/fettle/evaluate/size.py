@@ -26,9 +26,12 @@ def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
     stored = stored_schemes(checkpoint, anatomy)
     outside = [linear for linear in (anatomy.embedding, anatomy.head) if linear is not None]
     compressed = {linear.name: linear for linear in [*anatomy.linears(), *outside] if linear.name in stored}
-    code_bytes, code_weights, covered = 0, 0, set()
+    code_bytes, code_weights = 0, 0
+    covered: set[str] = set()
     for linear in compressed.values():
-        names = {name for name in checkpoint.entries if name.rpartition(".")[0] == linear.name and "bias" not in name} - covered
+        names = {
+            name for name in checkpoint.entries if name.rpartition(".")[0] == linear.name and "bias" not in name
+        } - covered
         if not names:
             continue  # the other name of a tied matrix
         covered |= names

@@ -5,7 +5,8 @@ The windows go through both models side by side:
     embed both → for each block: load it from both, run every window, compare, free → final norm and head, a window at
     a time: logits of both → `quality.measure_tokens`
 
-So a model is measured on a machine that could not load it, the error is known after every block, and what is measured is
+So a model is measured on a machine that could not load it, the error is known after every block, and what is measured
+is
 what the files say, read as any loader reads them. The hidden states of all windows of both models are the price:
 tokens · hidden · 4 bytes each. Windows are independent and run side by side; each sum has one order.
 """
@@ -64,7 +65,7 @@ class _Side:
         for window, state in enumerate(self.hidden):
             if not torch.isfinite(state).all():
                 raise NonFiniteError(
-                    f"block {index} ({self.anatomy.blocks[index].name}) of {self.folder} turns window {window} into NaN or "
+                    f"block {index} ({self.anatomy.blocks[index].name}) of {self.folder} turns window {window} into NaN or "  # noqa: E501
                     "infinity; the files are damaged, or the model cannot compute this text"
                 )
 
@@ -118,12 +119,12 @@ def evaluate(
 def _require_alike(anatomy: Anatomy, reference: Anatomy) -> None:
     if len(anatomy.blocks) != len(reference.blocks):
         raise UsageError(
-            f"the model has {len(anatomy.blocks)} blocks and the reference {len(reference.blocks)}; give the model that it was "
+            f"the model has {len(anatomy.blocks)} blocks and the reference {len(reference.blocks)}; give the model that it was "  # noqa: E501
             "made from"
         )
     if anatomy.embedding and reference.embedding and anatomy.embedding.shape != reference.embedding.shape:
         raise UsageError(
-            f"the model's embedding is {list(anatomy.embedding.shape)} and the reference's {list(reference.embedding.shape)}: "
+            f"the model's embedding is {list(anatomy.embedding.shape)} and the reference's {list(reference.embedding.shape)}: "  # noqa: E501
             "another vocabulary or width; give the model that it was made from"
         )
 
@@ -203,7 +204,10 @@ def _perplexity(loss: Tensor, text_bytes: int, prefix: str) -> dict[str, float]:
 
 
 def _outputs(side: _Side, other: _Side) -> dict[str, float]:
-    cosines = [torch.nn.functional.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(side.hidden, other.hidden, strict=True)]
+    cosines = [
+        torch.nn.functional.cosine_similarity(a, b, dim=-1).flatten()
+        for a, b in zip(side.hidden, other.hidden, strict=True)
+    ]
     return {
         "output_relative_error": relative_error(side.hidden, other.hidden),
         "output_cosine": torch.cat(cosines).double().mean().item(),

@@ -26,7 +26,11 @@ def worst_tokens(measures: TokenMeasures, windows: Windows, tokenizer: Any) -> l
         ids = windows.ids[window].tolist()
 
         def words(tokens: list[int]) -> str:
-            return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)) if tokenizer is not None else str(tokens)
+            return (
+                str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+                if tokenizer is not None
+                else str(tokens)
+            )
 
         found.append(
             {

@@ -35,7 +35,7 @@ class MatrixMethod(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def needs(self) -> tuple[str, ...]:
-        """The statistics that this instance wants: all that the class declares, or fewer where a field turns one off."""
+        """The statistics that this instance wants: what the class declares, less what a field turns off."""
         ...
 
     def validate(self) -> None:

@@ -244,7 +244,8 @@ class Skeleton:
         return output
 
     def inputs_of(self, index: int, hidden: Tensor, groups: frozenset[str]) -> dict[str, Tensor]:
-        """What the matrices of these input groups read, [tokens, in] each, on CPU; runs the block only as far as needed.
+        """What the matrices of these input groups read, [tokens, in] each, on CPU; runs the block only as far as
+        needed.
 
         An expert that no token of this window reached has no entry.
         """

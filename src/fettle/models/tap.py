@@ -27,7 +27,7 @@ _PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
 }
 
 
-class Enough(Exception):  # noqa: N818 — no error: it ends a run that has nothing more to tell
+class Enough(Exception):
     """Everything that a tap was made for has been seen."""
 
 

@@ -30,8 +30,8 @@ from fettle.models.header import DTYPES
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md", "LICENSE.md", "LICENSE.txt")
+SIDE_SUFFIXES = (".json", ".model", ".jinja", ".tiktoken")
+SIDE_NAMES = ("merges.txt", "vocab.txt", "LICENSE", "NOTICE", "USE_POLICY.md", "LICENSE.md", "LICENSE.txt")
 _OWN_FILES = ("config.json", "fettle.json", INDEX)
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: the order in which the safetensors library lays out dtypes: widest first, so that data stays aligned

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-LOAD_STANDARD = '''from transformers import AutoModelForCausalLM, AutoTokenizer  # with compressed-tensors installed
+LOAD_STANDARD = """from transformers import AutoModelForCausalLM, AutoTokenizer  # with compressed-tensors installed
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")'''
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
-LOAD_FETTLE = '''import fettle
+LOAD_FETTLE = """import fettle
 
-loaded = fettle.load("{folder}")  # loaded.model, loaded.tokenizer'''
+loaded = fettle.load("{folder}")  # loaded.model, loaded.tokenizer"""
 
 ROWS = (
     ("perplexity", "perplexity a token", "reference_perplexity", "{:.4f}"),
@@ -65,7 +65,11 @@ def model_card(marker: dict[str, Any], recipe_yaml: str, folder_name: str, quant
         ]
     lines += ["Base files:", "", "| file | SHA-256 |", "| --- | --- |"]
     lines += [f"| {name} | `{digest}` |" for name, digest in sorted(base["files"].items())]
-    lines += ["", f"Written by fettle {marker['fettle_version']}; hashes of every file and tensor are in `fettle.json`.", ""]
+    lines += [
+        "",
+        f"Written by fettle {marker['fettle_version']}; hashes of every file and tensor are in `fettle.json`.",
+        "",
+    ]
     return "\n".join(lines)
 
 

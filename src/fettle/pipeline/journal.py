@@ -9,7 +9,8 @@
     report.html summary.json  written at the end
 
 `OUT/` itself holds nothing that depends on when or how often the run was interrupted: a killed and resumed run writes
-the same bytes as an undisturbed one. A torn last line of the journal (the kill came while it was written) is dropped; its shard is
+the same bytes as an undisturbed one. A torn last line of the journal (the kill came while it was written) is dropped;
+its shard is
 written again, with the same bytes.
 """
 

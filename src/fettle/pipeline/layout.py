@@ -1,6 +1,7 @@
 """Layout: which file of the written model holds which tensors, known to the byte before any work.
 
-A unit is one shard file. Each block is one unit; what stands outside the blocks follows: every tensor of at least 64 MB alone
+A unit is one shard file. Each block is one unit; what stands outside the blocks follows: every tensor of at least 64
+MB alone
 (embeddings, heads), the rest together. So the walk never holds more than one unit, and the plan's prediction of the
 output is no estimate: the safetensors header is a function of the names, types and shapes.
 """
@@ -18,7 +19,6 @@ from fettle.tensors.scheme import Scheme, TensorSpec
 
 LARGE_TENSOR_BYTES = 64 * 2**20
 METADATA = {"format": "pt"}  # loaders ask for it
-
 
 
 @dataclass(frozen=True, kw_only=True)

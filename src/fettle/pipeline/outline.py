@@ -1,4 +1,6 @@
-"""What `fettle inspect` prints: the anatomy of a checkpoint with sizes and schemes, read from config and headers alone."""
+"""What `fettle inspect` prints: the anatomy of a checkpoint with sizes and schemes, read from config and headers
+alone.
+"""
 
 from __future__ import annotations
 

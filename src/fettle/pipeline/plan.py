@@ -73,7 +73,7 @@ def plan_run(run: Run, progress: Progress, folder: Path | None = None) -> Plan:
     if peak > memory:
         raise ResourceError(
             f"one block needs {peak:,} bytes of memory and this machine has {memory:,}; use fewer or shorter windows "
-            f"(now {run.recipe.calibration.windows} of {run.recipe.calibration.length}), or a method without calibration"
+            f"(now {run.recipe.calibration.windows} of {run.recipe.calibration.length}), or a method without calibration"  # noqa: E501
         )
     schemes: dict[str, int] = {}
     for item in layout.compressions:
@@ -87,7 +87,8 @@ def plan_run(run: Run, progress: Progress, folder: Path | None = None) -> Plan:
         output_bytes=layout.bytes,
         bits_per_weight=8 * stored / weights,
         linears=len(layout.compressions),
-        kept_linears=sum(1 for _ in run.anatomy.linears()) - sum(c.linear.block is not None for c in layout.compressions),
+        kept_linears=sum(1 for _ in run.anatomy.linears())
+        - sum(c.linear.block is not None for c in layout.compressions),
         seconds=total + first * others,
         peak_memory_bytes=peak,
         memory_bytes=memory,

@@ -156,7 +156,7 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
         for step in recipe.steps:
             if getattr(step.method, "bits", 8) != 8:
                 raise RecipeError(
-                    f"{origin}: storage int-quantized holds 8 bits a code, got bits={getattr(step.method, 'bits', '?')}; "
+                    f"{origin}: storage int-quantized holds 8 bits a code, got bits={getattr(step.method, 'bits', '?')}; "  # noqa: E501
                     "use storage: pack-quantized or bits: 8"
                 )
     return recipe
@@ -187,7 +187,7 @@ def assign(recipe: Recipe, anatomy: Anatomy) -> dict[str, MatrixMethod]:
         matched = [linear for linear in linears if step.where.matches(linear, len(anatomy.blocks))]
         if not matched:
             raise RecipeError(
-                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(step.where)} matches no linear of this "
+                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(step.where)} matches no linear of this "  # noqa: E501
                 f"model; it has {len(anatomy.blocks)} blocks and the roles {', '.join(sorted(roles))}"
             )
         for linear in matched:
@@ -247,7 +247,9 @@ def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
         if minimum is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
             raise RecipeError(f"{origin}: calibration {name}={value!r}; it must be an integer of at least {minimum}")
     if mapping.get("order", "together") not in ("together", "in_turn"):
-        raise RecipeError(f"{origin}: {unknown_word('calibration order', str(mapping['order']), ('together', 'in_turn'))}")
+        raise RecipeError(
+            f"{origin}: {unknown_word('calibration order', str(mapping['order']), ('together', 'in_turn'))}"
+        )
     text = mapping.get("text")
     return CalibrationOptions(**{**mapping, "text": None if text is None else str(text)})
 

@@ -98,7 +98,7 @@ def prepare(
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise UsageError(
-                f"the recipe {recipe.name} looks at data, but {model} has no tokenizer files; add them to the folder or "
+                f"the recipe {recipe.name} looks at data, but {model} has no tokenizer files; add them to the folder or "  # noqa: E501
                 "use a method without calibration, such as round_to_nearest"
             )
         text = read_text(options.text)
@@ -134,7 +134,9 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     walk(run.job, output, journal, progress)
     schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
     config = dict(run.checkpoint.config)
-    config["quantization_config"] = quantization_config(schemes, run.anatomy, run.recipe.storage)
+    found = quantization_config(schemes, run.anatomy, run.recipe.storage)
+    if found:  # an empty one is taken for a damaged one
+        config["quantization_config"] = found
     write_index(output, run.layout.weight_map, total_bytes=sum(_tensor_bytes(run.layout)))
     copy_side_files(run.checkpoint.folder, output)
     write_json(output / "config.json", config)
@@ -142,7 +144,9 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
 
 
 def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | None) -> dict[str, Any]:
-    """What `fettle.json` says: recipe, base, calibration, ledger, hashes, results; nothing that differs between runs."""
+    """What `fettle.json` says: recipe, base, calibration, ledger, hashes, results; nothing that differs between
+    runs.
+    """
     records = journal.records(output)
     ledger = [{k: v for k, v in line.items() if k != "seconds"} for record in records for line in record.ledger]
     return {
@@ -245,7 +249,7 @@ def _require_room(run: Run, output: Path, journal: Journal) -> None:
         name = missing_units[0].shard if missing_units else MARKER
         raise DiskFullError(
             f"no room for {output / name} and what follows it: {needed:,} bytes are needed and {free:,} are free, "
-            f"{needed - free:,} bytes are missing. Free some space and run the same command again; what is written stays."
+            f"{needed - free:,} bytes are missing. Free some space and run the same command again; what is written stays."  # noqa: E501
         )
 
 

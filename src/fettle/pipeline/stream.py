@@ -77,8 +77,8 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
     dtype = str(job.checkpoint.dtype).removeprefix("torch.")
     try:
         quantized = item.method.compress(weight, statistics, dtype=dtype)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{item.linear.weight_name}: {error}") from error
+    except NonFiniteError as found:
+        raise NonFiniteError(f"{item.linear.weight_name}: {found}") from found
     gram = statistics.get("gram")
     error = weight_error(weight, quantized) if gram is None else output_error(weight, quantized, gram)
     line = LedgerLine(
@@ -195,7 +195,8 @@ class Stream:
     def outside_statistics(self, unit: Unit) -> dict[str, Seen]:
         """The same for what stands outside the blocks, by the linear's name.
 
-        The head reads the final norm of the last block's outputs, and so does a tied embedding. An embedding of its own is looked
+        The head reads the final norm of the last block's outputs, and so does a tied embedding. An embedding of its
+        own is looked
         up, not multiplied: it has no inputs, and gets the neutral statistic.
         """
         found = {}
@@ -229,6 +230,6 @@ class Stream:
         for index, state in enumerate(self.state):
             if not torch.isfinite(state).all():
                 raise NonFiniteError(
-                    f"block {block} ({self.job.anatomy.blocks[block].name}) turns window {index % len(self.hidden)} into "
+                    f"block {block} ({self.job.anatomy.blocks[block].name}) turns window {index % len(self.hidden)} into "  # noqa: E501
                     "NaN or infinity; its weights cannot compute this text in float32"
                 )

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -34,8 +36,9 @@ from fettle.models.checkpoint import check_finite
 from fettle.models.writer import write_shard
 from fettle.pipeline.journal import Journal, LedgerLine, ShardRecord
 from fettle.pipeline.layout import METADATA, Compression, Unit
-from fettle.pipeline.stream import Job, Outcome, Stream, compress_linear
+from fettle.pipeline.stream import Job, Outcome, Seen, Stream, compress_linear
 from fettle.progress import Progress
+
 
 def walk(job: Job, output: Path, journal: Journal, progress: Progress, *, last_unit: int | None = None) -> None:
     """Compresses and writes every unit that `journal` does not have yet.
@@ -87,7 +90,8 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
     else:
         inputs = stream.outside_statistics(unit) if stream is not None else {}
         outcomes = job.workers.map(
-            lambda c: compress_linear(c, _checked_weight(job, c.linear), inputs.get(c.linear.name), job), unit.compressed
+            lambda c: compress_linear(c, _checked_weight(job, c.linear), inputs.get(c.linear.name), job),
+            unit.compressed,
         )
     for outcome in outcomes:
         for local, tensor in outcome.quantized.to_state(job.layout.storage).items():
@@ -101,12 +105,7 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for stage in _stages(unit.compressed, job.order):
         statistics = stream.collect(unit.block, stage)
-        solved = job.workers.map(
-            lambda c, seen=statistics: compress_linear(
-                c, stream.checked_weight(c.linear), seen.get(c.linear.input_group), job
-            ),
-            stage,
-        )
+        solved = job.workers.map(partial(_solve, job, stream, statistics), stage)
         for item, outcome in zip(stage, solved, strict=True):
             stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
         outcomes.extend(solved)
@@ -114,6 +113,11 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
         stream.run_on(unit.block)
     stream.free_block(unit.block)
     return outcomes
+
+
+def _solve(job: Job, stream: Stream, seen: Mapping[str, Seen], item: Compression) -> Outcome:
+    weight = stream.checked_weight(item.linear)
+    return compress_linear(item, weight, seen.get(item.linear.input_group), job)
 
 
 def _stages(compressed: tuple[Compression, ...], order: str) -> list[list[Compression]]:
@@ -142,4 +146,4 @@ def _checked_weight(job: Job, linear: Linear) -> Tensor:
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

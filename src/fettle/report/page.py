@@ -1,6 +1,7 @@
 """The report: result files in, one self-contained HTML page out.
 
-Reads plain data (the summary of a compression, an evaluation), never a model. The page makes no request, runs no script and
+Reads plain data (the summary of a compression, an evaluation), never a model. The page makes no request, runs no
+script and
 escapes everything that came from a text or a name: a token may well be `</script>`.
 """
 
@@ -43,8 +44,14 @@ def read_document(path: str | Path) -> dict[str, Any]:
     if document.get("schema", content.get("schema") if isinstance(content, dict) else None) != SCHEMA or not (
         "evaluation" in document or "perplexity" in document or "model_bits_per_weight" in document
     ):
-        raise UsageError(f"{path} is no result of fettle's with schema {SCHEMA}; give what compress or evaluate --json printed")
-    return document if "evaluation" in document else {"schema": SCHEMA, "kind": "evaluation", "evaluation": document, **_named(document)}
+        raise UsageError(
+            f"{path} is no result of fettle's with schema {SCHEMA}; give what compress or evaluate --json printed"
+        )
+    return (
+        document
+        if "evaluation" in document
+        else {"schema": SCHEMA, "kind": "evaluation", "evaluation": document, **_named(document)}
+    )
 
 
 def _named(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +63,11 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
     if not documents:
         raise UsageError("a report needs at least one result file")
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     views = [_view(document) for document in documents]
     title = views[0]["title"] if len(views) == 1 else f"{len(views)} results"
@@ -103,7 +114,9 @@ def _title(document: Mapping[str, Any]) -> str:
 def _hashes(document: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     base = (document.get("base") or {}).get("hashes") or found.get("reference_hashes") or {}
     output = (document.get("output") or {}).get("hashes") or found.get("model_hashes") or {}
-    return [("original", n, h) for n, h in sorted(base.items())] + [("compressed", n, h) for n, h in sorted(output.items())]
+    return [("original", n, h) for n, h in sorted(base.items())] + [
+        ("compressed", n, h) for n, h in sorted(output.items())
+    ]
 
 
 def _block_plot(found: Mapping[str, Any]) -> Markup:
@@ -111,10 +124,10 @@ def _block_plot(found: Mapping[str, Any]) -> Markup:
     if not errors:
         return Markup("")
     values = {str(index): 100 * error for index, error in enumerate(errors)}
-    return Markup(  # noqa: S704 — plots escape what they are given
+    return Markup(
         bars(
             values, title="Error after each block", unit="% of the signal", axis="block",
-            description=f"Relative error of the hidden states after each of {len(errors)} blocks, the last {errors[-1]:.2%}.",
+            description=f"Relative error of the hidden states after each of {len(errors)} blocks, the last {errors[-1]:.2%}.",  # noqa: E501
         )
     )  # fmt: skip
 
@@ -123,7 +136,7 @@ def _role_plot(document: Mapping[str, Any]) -> Markup:
     values = role_errors(document.get("ledger") or [])
     if not values:
         return Markup("")
-    return Markup(  # noqa: S704 — plots escape what they are given
+    return Markup(
         bars(
             values, title="Error by role", unit="% of the energy", axis="role of the linear",
             description="Mean relative squared error of the linears of each role.",
@@ -135,7 +148,7 @@ def _histogram_plot(found: Mapping[str, Any]) -> Markup:
     data = found.get("kl_histogram") or {}
     if not data:
         return Markup("")
-    return Markup(  # noqa: S704 — plots escape what they are given
+    return Markup(
         histogram(
             data["edges"], data["counts"], title="How the loss is spread over tokens",
             unit="KL to the original, nats a token (logarithmic)",

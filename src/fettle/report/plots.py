@@ -1,7 +1,7 @@
 """Plots as inline SVG: small pure functions from numbers to markup.
 
-No script and no request: a page opens offline and prints. Colours are CSS variables of the page, so light and dark need no
-second drawing. Each plot has a title and a description for screen readers, labelled axes with units, and a
+No script and no request: a page opens offline and prints. Colours are CSS variables of the page, so light and dark
+need no second drawing. Each plot has a title and a description for screen readers, labelled axes with units, and a
 `<title>` on each mark that shows its value under the pointer.
 """
 
@@ -27,10 +27,8 @@ def bars(
     for index, (name, value) in enumerate(values.items()):
         height = plot_height * value / top if top else 0.0
         x, width = LEFT + index * step + step * 0.15, step * 0.7
-        marks.append(
-            f'<rect class="mark" x="{x:.1f}" y="{TOP + plot_height - height:.1f}" width="{width:.1f}" height="{height:.1f}" '
-            f'rx="2"><title>{escape(name)}: {form.format(value)} {escape(unit)}</title></rect>'
-        )
+        told = f"{name}: {form.format(value)} {unit}"
+        marks.append(_rectangle(x, TOP + plot_height - height, width, height, told))
         if index % every == 0:
             marks.append(_text(x + width / 2, HEIGHT - BOTTOM + 16, name, anchor="middle"))
     return _frame(title, description, [*_y_axis(top, unit), *marks, _axis_label(axis)])
@@ -51,10 +49,8 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, un
         height = plot_height * count / top
         low, high = edges[first + index], edges[first + index + 1]
         told = f"up to {high:.2g}" if index == 0 else f"{low:.2g} to {high:.2g}"
-        marks.append(
-            f'<rect class="mark" x="{LEFT + index * step + 1:.1f}" y="{TOP + plot_height - height:.1f}" '
-            f'width="{max(1.0, step - 2):.1f}" height="{height:.1f}"><title>{told} {escape(unit)}: {count:,.0f} tokens</title></rect>'
-        )
+        x, width = LEFT + index * step + 1, max(1.0, step - 2)
+        marks.append(_rectangle(x, TOP + plot_height - height, width, height, f"{told} {unit}: {count:,.0f} tokens"))
         if abs(math.log10(low) - round(math.log10(low))) < 1e-6:
             marks.append(_text(LEFT + index * step, HEIGHT - BOTTOM + 16, f"{low:.4g}", anchor="middle"))
     return _frame(title, description, [*_y_axis(top, "tokens"), *marks, _axis_label(unit)])
@@ -73,15 +69,23 @@ def _y_axis(top: float, unit: str) -> list[str]:
     lines = []
     for fraction in (0, 0.25, 0.5, 0.75, 1):
         y = TOP + plot_height * (1 - fraction)
-        lines.append(f'<line class="{"axis" if fraction == 0 else "grid"}" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
+        kind = "axis" if fraction == 0 else "grid"
+        lines.append(f'<line class="{kind}" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
         lines.append(_text(LEFT - 8, y + 4, f"{fraction * top:,.4g}", anchor="end"))
     middle = TOP + plot_height / 2
-    lines.append(f'<text class="label" x="14" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 14 {middle:.0f})">{escape(unit)}</text>')
+    turned = f'transform="rotate(-90 14 {middle:.0f})"'
+    lines.append(f'<text class="label" x="14" y="{middle:.0f}" text-anchor="middle" {turned}>{escape(unit)}</text>')
     return lines
 
 
 def _axis_label(text: str) -> str:
-    return f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(text)}</text>'
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return f'<text class="label" x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(text)}</text>'
+
+
+def _rectangle(x: float, y: float, width: float, height: float, told: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect class="mark" {place}><title>{escape(told)}</title></rect>'
 
 
 def _text(x: float, y: float, text: str, *, anchor: str) -> str:

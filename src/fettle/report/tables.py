@@ -67,20 +67,22 @@ def verdict(document: Mapping[str, Any]) -> str:
     before = (document.get("base") or {}).get("bytes", found.get("reference_bytes"))
     after = (document.get("output") or {}).get("bytes", found.get("bytes"))
     name = document.get("model") or "The model"
-    smaller = f"{name} takes {size(after)}" + (f" instead of {size(before)}, {before / after:.2f} times less" if before and after else "")
+    smaller = f"{name} takes {size(after)}" + (
+        f" instead of {size(before)}, {before / after:.2f} times less" if before and after else ""
+    )
     if not found:
         return f"{smaller}; what was lost has not been measured."
     if found.get("kl_mean") is not None:
         change = found["perplexity"] / found["reference_perplexity"] - 1
         return (
-            f"{smaller}; it makes the same first choice as the original on {found['top1_agreement']:.1%} of {found['tokens']:,} "
+            f"{smaller}; it makes the same first choice as the original on {found['top1_agreement']:.1%} of {found['tokens']:,} "  # noqa: E501
             f"held-out tokens, and perplexity {'rises' if change >= 0 else 'falls'} by {abs(change):.2%}, from "
             f"{found['reference_perplexity']:.3f} to {found['perplexity']:.3f}."
         )
     if found.get("output_cosine") is not None:
         return f"{smaller}; its outputs keep a cosine of {found['output_cosine']:.5f} to the original's."
     if found.get("perplexity") is not None:
-        return f"{smaller}; its perplexity is {found['perplexity']:.3f} on {found['tokens']:,} tokens, with no original to compare."
+        return f"{smaller}; its perplexity is {found['perplexity']:.3f} on {found['tokens']:,} tokens, with no original to compare."  # noqa: E501
     return f"{smaller}."
 
 
@@ -99,6 +101,12 @@ def size(count: Any) -> str:
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
-            return f"{int(count):,} bytes" if unit == "bytes" else f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+            return (
+                f"{int(count):,} bytes"
+                if unit == "bytes"
+                else f"{value:,.3g} {unit}"
+                if value < 1000
+                else f"{value:,.0f} {unit}"
+            )
         value /= 1000
     return NONE

@@ -1,0 +1,209 @@
+"""GPTQ's sweep: one factorization, then column after column, all rows of a tile at once. See `gptq.py` for why.
+
+    factorize        the damped gram → L, columns arranged so that the last is the first to go
+    corrected        the weight to approach, where the inputs have drifted
+    solve            ranges, then codes; and what each row's error came to
+    better_rows      of two solutions, the better one of each row
+
+The sweep knows its own error for nothing: with t_k what column k was rounded from, a row's error e·H·eᵀ is
+Σ_k (t_k - v_k)²·L_kk². The same L_kk² are the right importance of a column when its group's range is chosen: what its
+error will cost after the columns to come have made up for what they can.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fettle.errors import NonFiniteError
+from fettle.methods.quantize.columns import ColumnRounding, rows_of
+from fettle.methods.quantize.round_to_nearest import choose_ranges
+from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scheme import Scheme
+
+BLOCK = 128  # columns that wait for one product
+ROW_TILE = 512  # rows in work; fixed, so that no sum depends on the machine
+DAMPING_TRIES = 4  # each ten times the one before
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """H + damping = L·Lᵀ with columns arranged by `order`.
+
+    Attributes:
+        matrix: float32 [in, in], L[j, k] / L[k, k]: unit lower triangular.
+        pivots: float32 [in], L[k, k]².
+        order: int64 [in], the column of the weight at each place; the last place is the first to be rounded.
+        damping: what was added to the diagonal.
+    """
+
+    matrix: Tensor
+    pivots: Tensor
+    order: Tensor
+    damping: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Codes, and the error tr(E·H·Eᵀ) of each row, float32 [out]."""
+
+    quantized: QuantizedTensor
+    errors: Tensor
+
+
+def factorize(gram: Tensor, *, damping: float, activation_order: bool) -> Factor:
+    """The factor of the gram plus `damping` times its mean diagonal.
+
+    Where rounding leaves that indefinite the damping is made ten times as large, and the log says so.
+
+    Raises:
+        NonFiniteError: no damping helps: this is no gram.
+    """
+    diagonal = gram.diagonal().float()
+    if activation_order:
+        order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
+    else:
+        order = torch.arange(len(diagonal) - 1, -1, -1)
+    mean = float(diagonal.double().mean())
+    for attempt in range(DAMPING_TRIES):
+        added = damping * mean if mean > 0 else 1.0
+        matrix = gram[order.unsqueeze(1), order].float()  # the one copy
+        matrix.diagonal().add_(added)
+        # Of a symmetric matrix the transposed view is the same matrix in LAPACK's column order: factored in place.
+        lower, info = matrix.mT, torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            roots = lower.diagonal().clone()
+            return Factor(matrix=lower.div_(roots), pivots=roots.square(), order=order, damping=added)
+        del lower, matrix
+        log.warning(
+            "the gram is not positive definite with damping %g (try %d); ten times as much", damping, attempt + 1
+        )
+        damping = max(damping, 1e-4) * 10
+    raise NonFiniteError(f"the gram is no matrix of products: not positive definite even with damping {damping / 10:g}")
+
+
+def corrected(weight: Tensor, drift: Tensor, factor: Factor, strength: float) -> Tensor:
+    """The weight whose outputs on the drifted inputs come nearest to the original ones: W + strength·W·D·H⁻¹."""
+    target = weight.float().clone()
+    unit, order = factor.matrix, factor.order
+    for start in range(0, weight.shape[0], ROW_TILE):
+        rows = slice(start, start + ROW_TILE)
+        pulled = (weight[rows].float() @ drift).T[order]  # [in, rows], arranged as the factor
+        half = torch.linalg.solve_triangular(unit, pulled, upper=False, unitriangular=True)
+        half.div_(factor.pivots.unsqueeze(1))
+        solved = torch.linalg.solve_triangular(unit.mT, half, upper=True, unitriangular=True)
+        target[rows, order] += strength * solved.T
+    return target
+
+
+def solve(weight: Tensor, factor: Factor, scheme: Scheme, *, clip: str, activation_order: bool) -> Solution:
+    """Ranges by `clip` ("none", "search"), then codes, tile by tile of rows.
+
+    In activation order (and with one scale for all) the ranges are those of the weight; else each group's are chosen
+    when its first column is reached, from the weights as they are by then.
+    """
+    importance = torch.empty_like(factor.pivots)
+    importance[factor.order] = factor.pivots
+    scale, zero_point = choose_ranges(weight, scheme, clip=clip, importance=importance)
+    renewing = not activation_order and scheme.granularity != "tensor"
+    chooser = _Chooser(scheme=scheme, clip=clip, importance=importance) if renewing else None
+    tiles = [
+        _sweep(weight[rows], rows_of(scale, zero_point, rows, scheme), factor, scheme, chooser)
+        for rows in (slice(start, start + ROW_TILE) for start in range(0, weight.shape[0], ROW_TILE))
+    ]
+    if renewing:
+        scale = torch.cat([tile.quantized.scale for tile in tiles])
+        renewed = [tile.quantized.zero_point for tile in tiles if tile.quantized.zero_point is not None]
+        zero_point = torch.cat(renewed) if renewed else None
+    codes = torch.cat([tile.quantized.codes for tile in tiles])
+    return Solution(
+        quantized=QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, scheme=scheme),
+        errors=torch.cat([tile.errors for tile in tiles]),
+    )
+
+
+def better_rows(one: Solution, other: Solution) -> QuantizedTensor:
+    """Of each row the solution with the smaller error; rows that share one scale are taken together."""
+    first, second = one.quantized, other.quantized
+    if first.scheme.granularity == "tensor":
+        return second if float(other.errors.double().sum()) < float(one.errors.double().sum()) else first
+    better = (other.errors < one.errors).unsqueeze(1)
+    zero_point = None
+    if first.zero_point is not None and second.zero_point is not None:
+        zero_point = torch.where(better, second.zero_point, first.zero_point)
+    return QuantizedTensor(
+        codes=torch.where(better, second.codes, first.codes),
+        scale=torch.where(better, second.scale, first.scale),
+        zero_point=zero_point,
+        scheme=first.scheme,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chooser:
+    """How a group's range is chosen from weights that earlier columns have changed."""
+
+    scheme: Scheme
+    clip: str
+    importance: Tensor  # [in]
+
+    def choose(self, weights: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point [rows, 1] of one group's weights [rows, width], which are these columns."""
+        one_group = replace(self.scheme, granularity="channel", group_size=None)
+        return choose_ranges(weights, one_group, clip=self.clip, importance=self.importance[columns])
+
+
+def _sweep(
+    weight: Tensor, shared: tuple[Tensor, Tensor | None], factor: Factor, scheme: Scheme, chooser: _Chooser | None
+) -> Solution:
+    """Rounds every column of one tile of rows, [rows, in]; `shared` is its scale and zero point, [rows or 1, groups].
+
+    With a chooser each group's range is chosen anew when its first column is reached (columns from left to right only).
+    """
+    in_features = weight.shape[1]
+    columns = ColumnRounding(*shared, scheme=scheme, rows=len(weight))
+    matrix = factor.matrix
+    arranged = weight.float().T[factor.order]  # [in, rows]: a column is a contiguous row of it
+    errors = torch.zeros_like(arranged)
+    codes = torch.empty(arranged.shape, dtype=torch.uint8)
+    width = scheme.group_width(in_features)
+    places, pivots = factor.order.tolist(), factor.pivots.tolist()
+    cost = torch.zeros(len(weight))
+    for stop in range(in_features, 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        targets = arranged[start:stop] + matrix[stop:, start:stop].T @ errors[stop:]
+        for place in range(stop - 1, start - 1, -1):
+            column, target = places[place], targets[place - start]
+            if chooser is not None and column % width == 0:
+                changed = _changed_weights(arranged, errors, matrix, slice(max(0, place - width + 1), place + 1))
+                columns.renew_(column // width, chooser.choose(changed.flip(0).T, slice(column, column + width)))
+            code, value = columns.nearest(target, column // width)
+            codes[place] = code
+            torch.sub(arranged[place], value, out=errors[place])
+            missed = target - value
+            cost.addcmul_(missed, missed, value=pivots[place])
+            targets[: place - start].addr_(matrix[place, start:place], errors[place])
+    found = torch.empty_like(codes)
+    found[factor.order] = codes
+    scale, zero_point = columns.shared()
+    quantized = QuantizedTensor(codes=found.T.contiguous(), scale=scale, zero_point=zero_point, scheme=scheme)
+    return Solution(quantized=quantized, errors=cost)
+
+
+def _changed_weights(arranged: Tensor, errors: Tensor, matrix: Tensor, places: slice) -> Tensor:
+    """The weights at these places as everything done so far has changed them, while none of them is rounded yet.
+
+    A place takes up the errors after it; one that is still free hands on its change as an error of its own. So the
+    changes x of the free places solve x_k = Σ_{j > k, done} e_j·M[j, k] - Σ_{j > k, free} x_j·M[j, k], a triangular
+    system.
+    """
+    pulled = matrix[places.stop :, places].T @ errors[places.stop :]
+    free: Tensor = torch.linalg.solve_triangular(matrix[places, places].mT, pulled, upper=True, unitriangular=True)
+    free += arranged[places]
+    return free
