@@ -141,7 +141,7 @@ def test_a_resumed_run_must_be_the_same_run(tiny_llama, text_file, interrupted, 
         fettle.compress(tiny_llama, interrupted, make_recipe(text_file, bits=3), evaluate=False)
     recipe = make_recipe(text_file)
     seeded = parse_recipe(recipe.to_dict() | {"calibration": recipe.to_dict()["calibration"] | {"seed": 1}}, "test")
-    with pytest.raises(ResumeError, match="calibration.seed: was 0, is now 1"):
+    with pytest.raises(ResumeError, match=r"calibration\.seed: was 0, is now 1"):
         fettle.compress(tiny_llama, interrupted, seeded, evaluate=False)
     other_text = tmp_path / "other.txt"
     other_text.write_text(text_file.read_text() + "\n# another end\n")
@@ -151,7 +151,7 @@ def test_a_resumed_run_must_be_the_same_run(tiny_llama, text_file, interrupted, 
     shutil.copytree(tiny_llama, other_model)
     config = json.loads((other_model / "config.json").read_text())
     (other_model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
-    with pytest.raises(ResumeError, match="model.config.json: was"):
+    with pytest.raises(ResumeError, match=r"model\.config\.json: was"):
         fettle.compress(other_model, interrupted, recipe, evaluate=False)
     fettle.compress(tiny_llama, interrupted, make_recipe(text_file, bits=3), evaluate=False, fresh=True)
     assert json.loads((interrupted / "fettle.json").read_text())["recipe"]["steps"][0]["bits"] == 3
@@ -220,7 +220,7 @@ def test_a_weight_that_is_no_number_stops_the_run_by_name(tiny_llama, text_file,
 def test_activations_that_overflow_stop_the_run_by_block(tiny_llama, text_file, tmp_path):
     model = corrupted(tiny_llama, tmp_path / "big", 3e38)
     recipe = make_recipe(text_file)
-    with pytest.raises(NonFiniteError, match="block 1|layers.1"):
+    with pytest.raises(NonFiniteError, match=r"block 1|layers\.1"):
         fettle.compress(model, tmp_path / "out", recipe, evaluate=False)
 
 

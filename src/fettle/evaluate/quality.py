@@ -1,6 +1,6 @@
 """What was lost, a token at a time: pure functions on logits.
 
-With reference logits r and logits l of one position, p = softmax(r), q = softmax(l), and t the token that really follows:  # noqa: E501
+With reference logits r and logits l of one position, p = softmax(r), q = softmax(l), and t the token that follows:
 
     loss        -log q[t]                           nats
     KL          Σ p (log p - log q)                 nats: how far the model's prediction is from the original's
