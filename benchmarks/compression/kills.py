@@ -34,6 +34,10 @@ def command(model: str, output: Path, recipe: str) -> list[str]:
         str(output),
         "--recipe",
         recipe,
+        "--windows",
+        "16",
+        "--length",
+        "128",
         "--evaluate",
         "--json",
     ]

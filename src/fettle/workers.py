@@ -10,6 +10,9 @@ Torch releases the interpreter's lock inside its operators, so Python threads ar
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -18,6 +21,9 @@ from types import TracebackType
 from typing import TypeVar
 
 import torch
+
+MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+LARGE_BLOCK_BYTES = 2**20
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
@@ -50,6 +56,7 @@ class Workers:
 
     def __enter__(self) -> Workers:
         if self._depth == 0:
+            _return_freed_memory()
             self._outer_threads = torch.get_num_threads()
             torch.set_num_threads(1)
             if self.threads > 1:
@@ -62,8 +69,8 @@ class Workers:
     ) -> None:
         self._depth -= 1
         if self._depth == 0:
-            if self._pool is not None:
-                self._pool.shutdown(wait=True, cancel_futures=True)
+            if self._pool is not None:  # after an error or a signal nobody waits for pieces that nobody wants
+                self._pool.shutdown(wait=kind is None, cancel_futures=True)
                 self._pool = None
             torch.set_num_threads(self._outer_threads)
 
@@ -92,3 +99,14 @@ class Workers:
 def _start_worker() -> None:
     _inside.worker = True
     torch.set_num_threads(1)  # MKL and OpenMP keep this per thread
+
+
+@functools.cache
+def _return_freed_memory() -> None:
+    """Has the C library give large blocks back to the system as soon as they are freed.
+
+    glibc raises the size from which it does so with every large block that is freed, up to 32 MB; from then on freed
+    tensors stay in its heaps, in pieces that the next ones do not fit. A fixed size keeps the peak at what is in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such setting, and no need of it
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BLOCK_BYTES)

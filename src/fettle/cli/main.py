@@ -64,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(error)
 
 
+def entry() -> int:
+    """What the command `fettle` runs: `main`, and after an interruption no wait for threads that still compute."""
+    code = main()
+    if code == InterruptedRunError.exit_code:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in VERBS:
         verb = arguments[0]
@@ -178,4 +188,4 @@ def _terminate_as_interrupt() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

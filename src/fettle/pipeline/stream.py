@@ -130,10 +130,8 @@ class Stream:
             self.twin.load_block(block)
 
     def free_block(self, block: int) -> None:
-        """Takes its memory back."""
+        """Takes the compressed block's memory back."""
         self.skeleton.free_block(block)
-        if self.twin is not None:
-            self.twin.free_block(block)
 
     def checked_weight(self, linear: Linear) -> Tensor:
         """The weight as it stands in the loaded block, float32 [out, in]; NonFiniteError names it."""
@@ -221,12 +219,16 @@ class Stream:
             found[item.linear.name] = self._seen(item.linear.name, kinds, states, tokens, in_features)
         return found
 
-    def run_on(self, block: int) -> None:
-        """Sends every window through the block as it stands now; NonFiniteError names the block."""
-        self.hidden = self.job.workers.map(lambda state: self.skeleton.run_block(block, state), self.hidden)
+    def leave_original(self, block: int) -> None:
+        """Sends the base's own states through its block for good, and takes that block's memory back."""
         if self.twin is not None:
             twin = self.twin
             self.original = self.job.workers.map(lambda state: twin.run_block(block, state), self.original)
+            twin.free_block(block)
+
+    def run_on(self, block: int) -> None:
+        """Sends every window through the block as it stands now; NonFiniteError names the block."""
+        self.hidden = self.job.workers.map(lambda state: self.skeleton.run_block(block, state), self.hidden)
         for index, state in enumerate(self.state):
             if not torch.isfinite(state).all():
                 raise NonFiniteError(

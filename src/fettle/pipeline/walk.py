@@ -103,8 +103,13 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
     assert unit.block is not None
     stream.load_block(unit.block)
     outcomes: list[Outcome] = []
-    for stage in _stages(unit.compressed, job.order):
+    stages = _stages(unit.compressed, job.order)
+    if not stages:
+        stream.leave_original(unit.block)
+    for stage in stages:
         statistics = stream.collect(unit.block, stage)
+        if stage is stages[-1]:  # the last linears are often the largest: their solver wants the memory
+            stream.leave_original(unit.block)
         solved = job.workers.map(partial(_solve, job, stream, statistics), stage)
         for item, outcome in zip(stage, solved, strict=True):
             stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
