@@ -34,7 +34,7 @@ check: $(STAMP)  ## format, lint, types, import contracts, fast tests (warnings 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not assets and not slow'
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not assets and not exhaustive and not slow'
 
 test-all: $(STAMP)  ## also the tests that need ../shared/assets
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m ''

@@ -79,7 +79,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                looked_finished += (output / "fettle.json").exists()
+                looked_finished += (output / "fettle.json").exists() and digests(output) != expected
             journal = output.parent / "model.run" / "journal.jsonl"
             progress.append(len(journal.read_text().splitlines()) if journal.exists() else 0)
             subprocess.run(command(args.model, output, args.recipe), check=True, stdout=subprocess.DEVNULL)

@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_llama, text_file, undisturb
     check_kill_and_resume(tiny_llama, text_file, tmp_path, max(1, round(share * writes)), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_kill_at_every_durable_write_resumes_to_the_same_bytes(tiny_llama, text_file, undisturbed, tmp_path):
     expected, writes = undisturbed
     for at in range(1, writes + 1):

@@ -124,6 +124,6 @@ def check_gate(evaluation: Evaluation, max_kl: float) -> None:
         raise UsageError("--max-kl needs a KL, and a KL needs --reference with a language model")
     if not evaluation.kl_mean <= max_kl:
         raise QualityGateError(
-            f"the mean KL is {evaluation.kl_mean:.6g} nats a token, above the allowed {max_kl:.6g}; use more bits, smaller "  # noqa: E501
-            "groups or gptq, or allow more"
+            f"the mean KL is {evaluation.kl_mean:.6g} nats a token, above the allowed {max_kl:.6g}; use more bits, "
+            "smaller groups or gptq, or allow more"
         )

@@ -1,4 +1,13 @@
-"""Bytes and bits of a written model, counted from the headers of its files."""
+"""Bytes and bits of a written model, counted from the headers of its files: no tensor is read.
+
+Two numbers, because one of them always flatters:
+
+    bits_per_weight        8 · (codes + scales + zero points + shape tensors) / weights of the linears stored as codes
+    model_bits_per_weight  8 · bytes of every tensor in the files / parameters of the whole model
+
+A matrix that two names share (a tied head) counts once. Old checkpoints carry buffers beside the parameters (causal
+masks, rotary frequencies, position ids): their bytes are stored, so they count as bytes; they are no parameters.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,11 @@ from dataclasses import dataclass
 
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.header import TensorEntry
 from fettle.models.storage import stored_schemes
+
+_BUFFERS = ("masked_bias", "inv_freq")
+_MASK_DIMENSIONS = 4  # GPT-2 and its kin store a mask [1, 1, context, context] under the name of a bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +39,25 @@ def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
     stored = stored_schemes(checkpoint, anatomy)
     outside = [linear for linear in (anatomy.embedding, anatomy.head) if linear is not None]
     compressed = {linear.name: linear for linear in [*anatomy.linears(), *outside] if linear.name in stored}
+    of_module: dict[str, list[str]] = {}
+    for name in checkpoint.entries:
+        module, _, last = name.rpartition(".")
+        if last != "bias":
+            of_module.setdefault(module, []).append(name)
     code_bytes, code_weights = 0, 0
     covered: set[str] = set()
     for linear in compressed.values():
-        names = {
-            name for name in checkpoint.entries if name.rpartition(".")[0] == linear.name and "bias" not in name
-        } - covered
+        names = of_module.get(linear.name, [])
         if not names:
             continue  # the other name of a tied matrix
-        covered |= names
+        covered.update(names)
         code_bytes += sum(checkpoint.entries[name].nbytes for name in names)
         code_weights += linear.shape[0] * linear.shape[1]
-    dense = sum(math.prod(entry.shape) for name, entry in checkpoint.entries.items() if name not in covered)
+    dense = sum(
+        math.prod(entry.shape)
+        for name, entry in checkpoint.entries.items()
+        if name not in covered and not _is_buffer(entry)
+    )
     tensor_bytes = sum(entry.nbytes for entry in checkpoint.entries.values())
     return Size(
         bytes=sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards),
@@ -46,3 +66,9 @@ def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
         bits_per_weight=8 * code_bytes / code_weights if code_weights else None,
         model_bits_per_weight=8 * tensor_bytes / (dense + code_weights),
     )
+
+
+def _is_buffer(entry: TensorEntry) -> bool:
+    last = entry.name.rpartition(".")[2]
+    is_mask = last == "bias" and len(entry.shape) == _MASK_DIMENSIONS
+    return is_mask or last in _BUFFERS or not entry.dtype.is_floating_point

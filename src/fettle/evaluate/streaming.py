@@ -5,14 +5,15 @@ The windows go through both models side by side:
     embed both → for each block: load it from both, run every window, compare, free → final norm and head, a window at
     a time: logits of both → `quality.measure_tokens`
 
-So a model is measured on a machine that could not load it, the error is known after every block, and what is measured
-is
+So a model is measured on a machine that could not load it, the error is known after every block, and what counts is
 what the files say, read as any loader reads them. The hidden states of all windows of both models are the price:
-tokens · hidden · 4 bytes each. Windows are independent and run side by side; each sum has one order.
+tokens · hidden · 4 bytes each. Windows are independent and run side by side; each sum has one order. Logits are made
+for a part of a window at a time, so that a vocabulary of 150,000 entries costs 64 MB a model and thread, not 300.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from fettle.models.skeleton import Skeleton
 from fettle.progress import Progress, Silent
 from fettle.workers import Workers
 
+HEAD_LOGITS = 2**24  # logits made at once, of each model in each thread: 64 MB in float32
+
 
 @dataclass(kw_only=True)
 class _Side:
@@ -49,14 +52,16 @@ class _Side:
     hidden: list[Tensor]
 
     @classmethod
-    def open(cls, folder: Path, windows: Windows, device: str, generic: bool) -> _Side:
+    def open(cls, folder: Path, device: str, generic: bool) -> _Side:
         checkpoint = Checkpoint.open(folder)
         checkpoint.verify_hashes()
         anatomy = read_anatomy(checkpoint, generic=generic)
         skeleton = Skeleton.build(checkpoint, anatomy, device=device)
-        hidden = [skeleton.embed(ids) for ids in windows.ids]
-        skeleton.free_head()
-        return cls(folder=folder, checkpoint=checkpoint, anatomy=anatomy, skeleton=skeleton, hidden=hidden)
+        return cls(folder=folder, checkpoint=checkpoint, anatomy=anatomy, skeleton=skeleton, hidden=[])
+
+    def embed(self, windows: Windows) -> None:
+        self.hidden = [self.skeleton.embed(ids) for ids in windows.ids]
+        self.skeleton.free_head()
 
     def run_block(self, index: int, workers: Workers) -> None:
         self.skeleton.load_block(index)
@@ -65,9 +70,19 @@ class _Side:
         for window, state in enumerate(self.hidden):
             if not torch.isfinite(state).all():
                 raise NonFiniteError(
-                    f"block {index} ({self.anatomy.blocks[index].name}) of {self.folder} turns window {window} into NaN or "  # noqa: E501
-                    "infinity; the files are damaged, or the model cannot compute this text"
+                    f"block {index} ({self.anatomy.blocks[index].name}) of {self.folder} turns window {window} into "
+                    "NaN or infinity; the files are damaged, or the model cannot compute this text"
                 )
+
+    def logits(self, window: int, part: slice) -> Tensor:
+        """float32 [part, vocab], on CPU; what follows position i of the window stands in row i."""
+        found = self.skeleton.logits(self.hidden[window][:, part])[0].cpu()
+        if not torch.isfinite(found).all():
+            raise NonFiniteError(
+                f"the head (final norm and vocabulary) of {self.folder} turns window {window} into NaN or infinity; "
+                "the files are damaged, or the model cannot compute this text"
+            )
+        return found
 
 
 def evaluate(
@@ -82,17 +97,30 @@ def evaluate(
 ) -> Evaluation:
     """Measures the written files of `model`, against those of `reference` where one is given.
 
+    Args:
+        model: the folder to measure; its files are read as any loader reads them.
+        reference: the original's folder; None: perplexity and size alone.
+        windows: what both models read, int64 [tokens] each.
+        device: where the blocks run.
+        threads: windows worked on side by side; the result is the same, bit for bit, with any number.
+        generic: for a family without an anatomy table.
+        progress: told of every block.
+
     Raises:
-        UsageError: the two do not have the same blocks or vocabulary.
+        UsageError: no windows, or the two do not have the same blocks, vocabulary or width.
         ModelError: damaged files; activations that are not finite name their block.
     """
+    if not windows.ids:
+        raise UsageError("there are no windows of text to measure; give a longer text")
     started = time.monotonic()
     restart_peak()
     with Workers(threads) as workers, torch.no_grad():
-        side = _Side.open(model, windows, device, generic)
-        other = _Side.open(reference, windows, device, generic) if reference is not None else None
+        side = _Side.open(model, device, generic)
+        other = _Side.open(reference, device, generic) if reference is not None else None
         if other is not None:
-            _require_alike(side.anatomy, other.anatomy)
+            _require_alike(side, other)
+            other.embed(windows)
+        side.embed(windows)
         errors = _through_blocks(side, other, workers, progress or Silent())
         measures = None
         if side.anatomy.causal and side.anatomy.head is not None:
@@ -116,17 +144,33 @@ def evaluate(
     )
 
 
-def _require_alike(anatomy: Anatomy, reference: Anatomy) -> None:
-    if len(anatomy.blocks) != len(reference.blocks):
+def _require_alike(side: _Side, other: _Side) -> None:
+    """Two models are compared only where each token and each block of one has its counterpart in the other."""
+    advice = f"{other.folder} is not what {side.folder} was made from; give the model that it was made from"
+    blocks, reference_blocks = len(side.anatomy.blocks), len(other.anatomy.blocks)
+    if blocks != reference_blocks:
+        raise UsageError(f"the model has {blocks} blocks and the reference {reference_blocks}: {advice}")
+    embedding, reference = side.anatomy.embedding, other.anatomy.embedding
+    if embedding is not None and reference is not None:
+        for what, mine, theirs in zip(("vocabulary", "width"), embedding.shape, reference.shape, strict=True):
+            if mine != theirs:
+                raise UsageError(f"the model has a {what} of {mine} and the reference one of {theirs}: {advice}")
+    words, reference_words = _vocabulary(side.folder), _vocabulary(other.folder)
+    if words is not None and reference_words is not None and words != reference_words:
         raise UsageError(
-            f"the model has {len(anatomy.blocks)} blocks and the reference {len(reference.blocks)}; give the model that it was "  # noqa: E501
-            "made from"
+            f"the tokenizers of the model and the reference have other vocabularies of the same size: {advice}"
         )
-    if anatomy.embedding and reference.embedding and anatomy.embedding.shape != reference.embedding.shape:
-        raise UsageError(
-            f"the model's embedding is {list(anatomy.embedding.shape)} and the reference's {list(reference.embedding.shape)}: "  # noqa: E501
-            "another vocabulary or width; give the model that it was made from"
-        )
+
+
+def _vocabulary(folder: Path) -> Any:
+    """The words of tokenizer.json with their ids; None where the folder has no such file."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model", {}).get("vocab")
+    except (ValueError, AttributeError):
+        return None  # loading the tokenizer says what is wrong with it
 
 
 def _through_blocks(side: _Side, other: _Side | None, workers: Workers, progress: Progress) -> list[float]:
@@ -154,11 +198,17 @@ def _through_head(side: _Side, other: _Side | None, windows: Windows, workers: W
     if other is not None:
         other.skeleton.load_head()
 
+    vocabulary = side.anatomy.head.shape[0] if side.anatomy.head is not None else 1
+    step = max(1, HEAD_LOGITS // vocabulary)
+
     def one(index: int) -> TokenMeasures:
         targets = windows.ids[index][1:]
-        logits = side.skeleton.logits(side.hidden[index])[0, :-1].cpu()
-        against = None if other is None else other.skeleton.logits(other.hidden[index])[0, :-1].cpu()
-        return measure_tokens(logits, targets, against)
+        found = []
+        for start in range(0, len(targets), step):
+            part = slice(start, min(start + step, len(targets)))
+            against = None if other is None else other.logits(index, part)
+            found.append(measure_tokens(side.logits(index, part), targets[part], against))
+        return concatenate(found)
 
     measured = concatenate(workers.map(one, range(len(windows.ids))))
     side.skeleton.free_head()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
 Row = tuple[str, str, str]
+
+LIMITS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # nats, edges of the histogram
 
 # label, key of the evaluation, key of the original's value, form
 MEASURES: tuple[tuple[str, str, str | None, str], ...] = (
@@ -27,33 +30,47 @@ MEASURES: tuple[tuple[str, str, str | None, str], ...] = (
 )
 
 
-def figures(document: Mapping[str, Any]) -> list[Row]:
-    """(what, before, after) for everything that the document holds."""
+LEAST_SHARE = 0.001  # a smaller share of the tokens is not worth a line
+SIZES = ("bits_per_weight", "model_bits_per_weight")
+
+
+def figures(document: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """(what, before, after) for everything that the document holds, under the headings size, quality and cost."""
     found = document.get("evaluation") or {}
     base, output = document.get("base") or {}, document.get("output") or {}
-    rows: list[Row] = []
+    rows: dict[str, list[Row]] = {"Size": [], "Quality": [], "Cost": []}
     before, after = base.get("bytes", found.get("reference_bytes")), output.get("bytes", found.get("bytes"))
     if after is not None:
-        rows.append(("Size of the weights' files", size(before), size(after)))
+        rows["Size"].append(("Size of the weights' files", size(before), size(after)))
     for label, key, reference, form in MEASURES:
         if found.get(key) is not None:
             original = found.get(reference) if reference else None
-            rows.append((label, NONE if original is None else form.format(original), form.format(found[key])))
+            row = (label, NONE if original is None else form.format(original), form.format(found[key]))
+            rows["Size" if key in SIZES else "Quality"].append(row)
     if document.get("kind") == "compression":
-        rows.append(("Time to compress", NONE, f"{document['seconds']:.1f} s"))
-        rows.append(("Peak memory to compress", NONE, size(document["peak_memory_bytes"])))
+        rows["Cost"].append(("Time to compress", NONE, f"{document['seconds']:.1f} s"))
+        rows["Cost"].append(("Peak memory to compress", NONE, size(document["peak_memory_bytes"])))
     if found.get("seconds"):
-        rows.append(("Time to measure", NONE, f"{found['seconds']:.1f} s"))
-        rows.append(("Peak memory to measure", NONE, size(found["peak_memory_bytes"])))
-    return rows
+        rows["Cost"].append(("Time to measure", NONE, f"{found['seconds']:.1f} s"))
+        rows["Cost"].append(("Peak memory to measure", NONE, size(found.get("peak_memory_bytes"))))
+    return {heading: lines for heading, lines in rows.items() if lines}
 
 
 def comparison(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several documents side by side: {"names": […], "rows": [(what, [value, …])]}."""
-    tables = [{label: after for label, _, after in figures(document)} for document in documents]
-    labels = list(dict.fromkeys(label for table in tables for label in table))
-    names = [_name(document, number) for number, document in enumerate(documents, start=1)]
-    return {"names": names, "rows": [(label, [table.get(label, NONE) for table in tables]) for label in labels]}
+    """Several documents side by side: {"names": […], "groups": {heading: [(what, [value, …])]}}."""
+    tables = [figures(document) for document in documents]
+    groups = {}
+    for heading in dict.fromkeys(heading for table in tables for heading in table):
+        columns = [{label: after for label, _, after in table.get(heading, [])} for table in tables]
+        labels = dict.fromkeys(label for column in columns for label in column)
+        groups[heading] = [(label, [column.get(label, NONE) for column in columns]) for label in labels]
+    return {"names": names(documents), "groups": groups}
+
+
+def names(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each document; those of the same model and recipe get a number."""
+    found = [_name(document, number) for number, document in enumerate(documents, start=1)]
+    return [f"{name} ({number})" if found.count(name) > 1 else name for number, name in enumerate(found, start=1)]
 
 
 def _name(document: Mapping[str, Any], number: int) -> str:
@@ -75,14 +92,15 @@ def verdict(document: Mapping[str, Any]) -> str:
     if found.get("kl_mean") is not None:
         change = found["perplexity"] / found["reference_perplexity"] - 1
         return (
-            f"{smaller}; it makes the same first choice as the original on {found['top1_agreement']:.1%} of {found['tokens']:,} "  # noqa: E501
-            f"held-out tokens, and perplexity {'rises' if change >= 0 else 'falls'} by {abs(change):.2%}, from "
-            f"{found['reference_perplexity']:.3f} to {found['perplexity']:.3f}."
+            f"{smaller}; it makes the same first choice as the original on {found['top1_agreement']:.1%} of "
+            f"{found['tokens']:,} tokens, and perplexity {'rises' if change >= 0 else 'falls'} by {abs(change):.2%}, "
+            f"from {found['reference_perplexity']:.3f} to {found['perplexity']:.3f}."
         )
     if found.get("output_cosine") is not None:
         return f"{smaller}; its outputs keep a cosine of {found['output_cosine']:.5f} to the original's."
     if found.get("perplexity") is not None:
-        return f"{smaller}; its perplexity is {found['perplexity']:.3f} on {found['tokens']:,} tokens, with no original to compare."  # noqa: E501
+        told = f"its perplexity is {found['perplexity']:.3f} on {found['tokens']:,} tokens"
+        return f"{smaller}; {told}, with no original to compare."
     return f"{smaller}."
 
 
@@ -92,6 +110,21 @@ def role_errors(ledger: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for line in ledger:
         by_role.setdefault(str(line["role"]), []).append(float(line["error"]))
     return {role: 100 * sum(errors) / len(errors) for role, errors in by_role.items()}
+
+
+def kl_shares(histogram: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The histogram in words: (KL below, share of the tokens), for the limits where that says something."""
+    edges, counts = histogram.get("edges") or [], histogram.get("counts") or []
+    total = sum(counts)
+    found: list[tuple[str, str]] = []
+    for limit in LIMITS:
+        place = next((i for i, edge in enumerate(edges) if edge > 0 and math.isclose(edge, limit, rel_tol=1e-9)), None)
+        below = sum(counts[:place]) if place is not None else 0
+        if total and below / total >= LEAST_SHARE:
+            found.append((f"{limit:g}", "all" if below == total else f"{min(below / total, 0.999):.1%}"))
+        if total and below == total:
+            break
+    return found
 
 
 def size(count: Any) -> str:
