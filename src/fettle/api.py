@@ -44,6 +44,7 @@ from fettle.pipeline.run import (
     marker,
     monotonic_seconds,
     prepare,
+    refuse_inside,
     stop_on_signals,
     versions,
     write_model,
@@ -109,6 +110,7 @@ def compress(
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with stop_on_signals(output):
         run = prepare(model, chosen, device=device, threads=threads, generic=generic)
+        refuse_inside(run.checkpoint.folder, output)
         with Journal.open(output, run.identity, fresh=fresh) as journal:
             summary_path = run_folder(output) / "summary.json"
             if (output / MARKER).exists() and summary_path.exists():

@@ -254,3 +254,30 @@ def test_embedding_and_head_are_compressed_by_name_and_tied_once(tiny_llama, tex
     close = loaded.model(ids).logits
     assert not torch.equal(original, close)
     assert torch.nn.functional.cosine_similarity(original.flatten(), close.flatten(), dim=0) > 0.999
+
+
+def test_the_base_is_never_written_to(tiny_llama, small_recipe):
+    before = digests(tiny_llama)
+    for output in (tiny_llama, tiny_llama / "inside", tiny_llama / "deep" / "inside"):
+        with pytest.raises(UsageError, match="model's own folder"):
+            fettle.compress(tiny_llama, output, small_recipe, evaluate=False)
+    assert digests(tiny_llama) == before
+
+
+def test_calibration_that_cannot_be_is_refused_before_any_work(tiny_llama, text_file, tmp_path):
+    recipe = make_recipe(text_file).to_dict()
+    for changes, told in (({"length": 100_000}, "context holds"), ({"windows": 10**9}, "allowed are")):
+        wrong = parse_recipe(recipe | {"calibration": recipe["calibration"] | changes}, "test")
+        with pytest.raises(UsageError, match=told):
+            fettle.compress(tiny_llama, tmp_path / "out", wrong, evaluate=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_wrote_nothing_does_not_bind_the_next(tiny_llama, text_file, tmp_path, monkeypatch):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    with pytest.raises(DiskFullError):
+        fettle.compress(tiny_llama, tmp_path / "out", make_recipe(text_file), evaluate=False)
+    monkeypatch.undo()
+    fettle.compress(tiny_llama, tmp_path / "out", make_recipe(text_file, bits=3), evaluate=False)
+    assert json.loads((tmp_path / "out" / "fettle.json").read_text())["recipe"]["steps"][0]["bits"] == 3

@@ -95,7 +95,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
             journal = cls(folder)
-            if known and fresh:
+            if known and (fresh or not journal.records(output)):  # nothing is done: nothing to be resumed
                 journal.clear(output)
             elif known:
                 journal.refuse_changes(identity)

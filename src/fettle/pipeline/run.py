@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,14 @@ from fettle.models.storage import quantization_config, stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json
 from fettle.pipeline.journal import Journal, run_folder
 from fettle.pipeline.layout import Layout, build_layout
-from fettle.pipeline.recipe import Recipe, assign
+from fettle.pipeline.recipe import CalibrationOptions, Recipe, assign
 from fettle.pipeline.stream import Job
 from fettle.pipeline.walk import walk
 from fettle.progress import Progress
 from fettle.workers import Workers
 
 MARKER = "fettle.json"
+MAX_CALIBRATION_TOKENS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ def prepare(
                 f"the recipe {recipe.name} looks at data, but {model} has no tokenizer files; add them to the folder or "  # noqa: E501
                 "use a method without calibration, such as round_to_nearest"
             )
+        _require_possible(options, checkpoint.config)
         text = read_text(options.text)
         windows = calibration_windows(
             tokenizer, text, windows=options.windows, length=options.length, seed=options.seed
@@ -122,6 +124,27 @@ def prepare(
         model=display_name(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe, layout=layout, text=text,
         windows=windows, identity=identity, device=device, workers=workers,
     )  # fmt: skip
+
+
+def _require_possible(options: CalibrationOptions, config: Mapping[str, Any]) -> None:
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int) and options.length > context:
+        raise UsageError(
+            f"calibration length={options.length}; this model's context holds {context} tokens: give at most that"
+        )
+    asked = options.windows * options.length
+    if asked > MAX_CALIBRATION_TOKENS:
+        raise UsageError(
+            f"{options.windows:,} windows of {options.length:,} tokens are {asked:,} tokens; "
+            f"allowed are {MAX_CALIBRATION_TOKENS:,}. Usual are 128 windows of 256 to 2,048."
+        )
+
+
+def refuse_inside(model: Path, output: Path) -> None:
+    """Raises UsageError for an output that is the model's folder, or lies in it: a base is never written to."""
+    source, target = model.resolve(), output.resolve()
+    if target == source or source in target.parents:
+        raise UsageError(f"the output {output} lies in the model's own folder {model}; name a folder outside it")
 
 
 def write_model(run: Run, output: Path, journal: Journal, progress: Progress) -> None:
