@@ -19,7 +19,7 @@ Folder = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="What both models complete.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+PROMPT = "def main(argv=None):"
 
 
 def run(
