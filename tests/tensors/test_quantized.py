@@ -15,7 +15,8 @@ from tests.tensors.test_scheme import random_quantized, schemes
 
 from fettle.errors import CheckpointError
 from fettle.tensors import QuantizedTensor, Scheme, quantize, quantized, uniform
-from fettle.tensors.grid import from_levels
+from fettle.tensors.grid import from_levels, learned
+from fettle.tensors.levels import named
 
 
 def standard_scheme(scheme: Scheme) -> QuantizationScheme:
@@ -76,23 +77,24 @@ def test_a_short_last_group_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> N
 @settings(max_examples=60, deadline=None)
 def test_state_and_back(scheme: Scheme, rows: int, columns: int, seed: int) -> None:
     ours = random_quantized(scheme, (rows, columns), seed)
-    for storage in ["pack-quantized"] + (["int-quantized"] if scheme.grid.bits == 8 else []):
+    for storage in ["pack-quantized"] + (["int-quantized"] if scheme.grid == uniform(8) else []):
         state = ours.to_state(storage)
         back = QuantizedTensor.from_state(state, scheme, storage)
-        assert torch.equal(back.codes, ours.codes)
-        assert torch.equal(back.scale, ours.scale)
-        assert (back.zero_point is None) == (ours.zero_point is None)
-        if back.zero_point is not None and ours.zero_point is not None:
-            assert torch.equal(back.zero_point, ours.zero_point)
+        for name in ("codes", "scale", "zero_point", "levels", "tensor_scale"):
+            one, other = getattr(back, name), getattr(ours, name)
+            assert (one is None) == (other is None), name
+            assert one is None or (one.dtype == other.dtype and torch.equal(one, other)), name
+        assert torch.equal(back.dequantize(), ours.dequantize())
         assert ours.nbytes(storage) == sum(tensor.nbytes for tensor in state.values())
 
 
-@given(scheme=schemes(), seed=st.integers(0, 99))
+@given(scheme=schemes(uniform_only=True), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_quantizing_values_on_the_grid_gives_their_codes(scheme: Scheme, seed: int) -> None:
     assume(
         scheme.grid.bits < 8 or scheme.scale_dtype != "bfloat16"
     )  # eight bits of mantissa round 255 steps to a neighbour
+    assume(not scheme.has_tensor_scale)  # `in_tensor_units` divides by it before
     ours = random_quantized(scheme, (5, 41), seed)
     again = quantize(ours.dequantize(), ours.scale, ours.zero_point, scheme)
     assert torch.equal(again.codes, ours.codes)
@@ -108,6 +110,23 @@ def test_no_code_is_nearer_than_the_chosen_one() -> None:
         values = grid.table() * scale.repeat_interleave(8, dim=1)[:, :20].unsqueeze(-1)  # [6, 20, levels]
         best = (values - weight.unsqueeze(-1)).abs().min(dim=-1).values
         assert torch.allclose((chosen.dequantize() - weight).abs(), best, atol=1e-6)
+
+
+def test_learned_values_are_looked_up_in_each_groups_own_table() -> None:
+    scheme = Scheme(grid=learned(2), granularity="group", group_size=3)
+    levels = torch.tensor([[[-1.0, 0.0, 0.5, 2.0], [1.0, 2.0, 3.0, 4.0]], [[-4.0, -3.0, 3.0, 4.0], [0.0, 0.1, 0.2, 9.0]]])
+    weight = torch.tensor([[1.9, -0.6, 0.2, 3.6, 0.0], [-3.4, 0.1, 9.0, 0.16, 5.0]])
+    found = quantize(weight, torch.ones(2, 2), None, scheme, levels=levels)
+    assert found.codes.tolist() == [[3, 0, 1, 3, 0], [1, 2, 3, 2, 3]]
+    assert found.dequantize().tolist() == [[2.0, -1.0, 0.0, 4.0, 1.0], [-3.0, 3.0, 4.0, pytest.approx(0.2), 9.0]]
+
+
+def test_a_code_without_a_level_is_found() -> None:
+    scheme = Scheme(grid=named("ternary"), granularity="channel")
+    state = random_quantized(scheme, (2, 9)).to_state()
+    state["weight_packed"] = torch.full_like(state["weight_packed"], -1)
+    with pytest.raises(CheckpointError, match="a code is 3, and ternary 2 bits.* has 3 levels"):
+        QuantizedTensor.from_state(state, scheme)
 
 
 def test_quantize_leaves_its_arguments_alone() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,32 +13,43 @@ from safetensors.torch import save
 
 from fettle.errors import RecipeError
 from fettle.tensors import QuantizedTensor, Scheme, uniform
+from fettle.tensors.levels import GridName, named
+from fettle.tensors.scheme import SCALE_DTYPES
 
 INT4 = Scheme(grid=uniform(4), granularity="group", group_size=32, zero_point=True, scale_dtype="bfloat16")
 
 
 @st.composite
-def schemes(draw: st.DrawFn) -> Scheme:
+def schemes(draw: st.DrawFn, *, uniform_only: bool = False) -> Scheme:
     granularity: Any = draw(st.sampled_from(["tensor", "channel", "group"]))
+    name = "uniform" if uniform_only else draw(st.sampled_from(get_args(GridName)))
+    grid = named(name, draw(st.integers(2, 8)) if name == "uniform" else None)
+    wide = ["float16", "bfloat16", "float32"]
     return Scheme(
-        grid=uniform(draw(st.integers(2, 8))),
+        grid=grid,
         granularity=granularity,
         group_size=draw(st.integers(1, 70)) if granularity == "group" else None,
-        zero_point=draw(st.booleans()),
-        scale_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
+        zero_point=draw(st.booleans()) if grid.is_uniform else False,
+        scale_dtype=draw(st.sampled_from(wide if grid.is_learned else list(SCALE_DTYPES))),
     )
 
 
 def random_quantized(scheme: Scheme, shape: tuple[int, int], seed: int = 0) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
-    top = 2**scheme.grid.bits
-    scale_shape = scheme.scale_shape(shape)
+    scale_shape, top = scheme.scale_shape(shape), 2**scheme.grid.bits
     zero_point = torch.randint(0, top, scale_shape, dtype=torch.uint8, generator=generator)
+    scale = (torch.rand(scale_shape, generator=generator) + 0.01).to(scheme.torch_scale_dtype).to(scheme.value_dtype)
+    levels = None
+    if scheme.grid.is_learned:
+        levels = torch.randn(*scale_shape, top, generator=generator).to(scheme.value_dtype).sort(dim=-1).values
+        scale = torch.ones_like(scale)
     return QuantizedTensor(
-        codes=torch.randint(0, top, shape, dtype=torch.uint8, generator=generator),
-        scale=(torch.rand(scale_shape, generator=generator) + 0.01).to(scheme.torch_scale_dtype),
+        codes=torch.randint(0, scheme.grid.level_count, shape, dtype=torch.uint8, generator=generator),
+        scale=scale,
         zero_point=zero_point if scheme.zero_point else None,
         scheme=scheme,
+        levels=levels,
+        tensor_scale=torch.rand(1, generator=generator) + 0.1 if scheme.has_tensor_scale else None,
     )
 
 
@@ -46,7 +57,7 @@ def random_quantized(scheme: Scheme, shape: tuple[int, int], seed: int = 0) -> Q
 @settings(max_examples=60, deadline=None)
 def test_stored_bytes_are_the_bytes_of_the_file(scheme: Scheme, rows: int, columns: int) -> None:
     shape = (rows, columns)
-    storages = ["pack-quantized"] + (["int-quantized"] if scheme.grid.bits == 8 else [])
+    storages = ["pack-quantized"] + (["int-quantized"] if scheme.grid == uniform(8) else [])
     for storage in storages:
         state = random_quantized(scheme, shape).to_state(storage)
         blob = save(state)

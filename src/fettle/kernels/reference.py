@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fettle.tensors.packing import unpack_bits
-from fettle.tensors.quantized import dequantize_rows, row_tiles
+from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_shared
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.shared import Shared
 
 TILE_WEIGHTS = 1 << 22
 
@@ -27,7 +28,7 @@ def packed_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, b
 
     Args:
         inputs: [..., in], any floating type.
-        state: weight_packed, weight_shape, weight_scale, and weight_zero_point where the scheme has one.
+        state: weight_packed, weight_shape, weight_scale, and what else `Scheme.state_spec` lists.
         scheme: what the state means.
         bias: [out] or None.
 
@@ -35,47 +36,41 @@ def packed_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, b
         [..., out] in the inputs' type.
     """
     packed, in_features = state["weight_packed"], inputs.shape[-1]
-    zero_point = _zero_point(state, scheme, packed.shape[0])
+    shape = (packed.shape[0], in_features)
 
     def rows_of(rows: slice) -> Tensor:
         return unpack_bits(packed[rows], scheme.grid.bits, in_features)
 
-    return _tiled(inputs, (packed.shape[0], rows_of), (state["weight_scale"], zero_point), scheme, bias)
+    return _tiled(inputs, rows_of, shape, state, scheme, bias)
 
 
 def int_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
     """Multiplies with an `int-quantized` state: weight int8 [out, in]; otherwise as `packed_linear`."""
     weight = state["weight"]
-    zero_point = _zero_point(state, scheme, weight.shape[0])
 
     def rows_of(rows: slice) -> Tensor:
         return (weight[rows].to(torch.int16) + 128).to(torch.uint8)
 
-    return _tiled(inputs, (weight.shape[0], rows_of), (state["weight_scale"], zero_point), scheme, bias)
+    return _tiled(inputs, rows_of, (weight.shape[0], weight.shape[1]), state, scheme, bias)
 
 
 def _tiled(
     inputs: Tensor,
-    codes: tuple[int, Callable[[slice], Tensor]],
-    shared: tuple[Tensor, Tensor | None],
+    codes_of: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    state: Mapping[str, Tensor],
     scheme: Scheme,
     bias: Tensor | None,
 ) -> Tensor:
-    out_features, rows_of = codes
-    scale, zero_point = shared
-    whole = scheme.granularity == "tensor"
-    if whole:
-        scale = scale.reshape(1, 1)
+    found = stored_shared(state, scheme, scheme.scale_shape(shape))
+    shared = Shared(scale=found.scale, zero_point=_zero_point(state, scheme, shape[0]), levels=found.levels)
     wide = inputs.float()
     outputs = []
-    for rows in row_tiles(out_features, inputs.shape[-1], TILE_WEIGHTS):
-        weight = dequantize_rows(
-            rows_of(rows),
-            scale if whole else scale[rows],
-            zero_point if zero_point is None or whole else zero_point[rows],
-            scheme,
-        )
-        outputs.append(linear(wide, weight.float(), None if bias is None else bias[rows].float()))
+    for rows in row_tiles(*shape, TILE_WEIGHTS):
+        weight = dequantize_rows(codes_of(rows), shared.rows(rows, scheme), scheme).float()
+        if scheme.has_tensor_scale:
+            weight *= state["weight_tensor_scale"]
+        outputs.append(linear(wide, weight, None if bias is None else bias[rows].float()))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(inputs.dtype)
 
 

@@ -220,6 +220,6 @@ def shape_problem(checkpoint: Checkpoint, name: str, shape: tuple[int | None, ..
             len(found) == len(shape) and all(e is None or e == f for e, f in zip(shape, found, strict=True))
         )
         return None if fits else f"{name!r} has shape {list(found)}, expected {[e or '*' for e in shape]}"
-    if f"{stem}.weight_packed" in entries and f"{stem}.weight_scale" in entries:
+    if f"{stem}.weight_packed" in entries and any(f"{stem}.{n}" in entries for n in ("weight_scale", "weight_levels")):
         return None
     return f"{name!r} is missing"

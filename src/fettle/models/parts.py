@@ -8,6 +8,7 @@ from dataclasses import dataclass
 #: tensor-name endings that together stand for one matrix stored as codes
 CODE_SUFFIXES = (
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale",
+    ".weight_levels", ".weight_tensor_scale",
     ".input_scale", ".input_zero_point",
 )  # fmt: skip
 

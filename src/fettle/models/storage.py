@@ -37,7 +37,9 @@ _REFUSAL = {
     "load_in_8bit": True,
     "bnb_4bit_compute_dtype": "this folder was written by fettle, and transformers cannot read it: use fettle.load",
 }
-_CODE_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_CODE_NAMES = (
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_levels", "weight_tensor_scale"
+)  # fmt: skip
 _CLASSES = ("Linear", "Conv1D", "Embedding")  # a target by class; that it is stored as codes, the tensors say
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -80,6 +82,8 @@ def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
     if not scheme.grid.is_uniform:
         return f"the grid {scheme.grid.name} of {linear.name} is not uniform"
+    if scheme.torch_scale_dtype.itemsize == 1:
+        return f"the integers of {linear.name} have {scheme.scale_dtype} scales"
     if storage == "int-quantized" and scheme.grid.bits != 8:
         return f"int-quantized is for 8 bits, and {linear.name} has {scheme.grid.bits}"
     if scheme.granularity == "group" and linear.shape[1] % (scheme.group_size or 1):
@@ -186,7 +190,7 @@ def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Stored
 def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
     """Whether codes and scales of `linear` are on disk; a tied head belongs to its embedding."""
     stem = linear.weight_name.removesuffix(".weight")
-    return f"{stem}.weight_scale" in checkpoint.entries or f"{stem}.weight_packed" in checkpoint.entries
+    return any(f"{stem}.{name}" in checkpoint.entries for name in ("weight_scale", "weight_packed"))
 
 
 def _read_own(checkpoint: Checkpoint, config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:
@@ -259,15 +263,20 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
     stem = linear.weight_name.removesuffix(".weight")
     names = (*_CODE_NAMES, "weight") if stored.storage == "int-quantized" else _CODE_NAMES
     state = {name: checkpoint.read(f"{stem}.{name}") for name in names if f"{stem}.{name}" in checkpoint.entries}
-    needed = {"weight_scale", "weight" if stored.storage == "int-quantized" else "weight_packed"}
+    needed = {"weight" if stored.storage == "int-quantized" else "weight_packed"}
+    needed.add("weight_levels" if stored.scheme.grid.is_learned else "weight_scale")
     if stored.scheme.zero_point:
         needed.add("weight_zero_point")
+    if stored.scheme.has_tensor_scale:
+        needed.add("weight_tensor_scale")
     missing = sorted(needed - set(state))
     if missing:
         raise CheckpointError(
             f"{linear.name} is stored as codes, but tensors {[f'{stem}.{n}' for n in missing]} are missing."
         )
-    check_finite(f"{stem}.weight_scale", state["weight_scale"])
+    for name in ("weight_scale", "weight_levels", "weight_tensor_scale"):
+        if name in needed:
+            check_finite(f"{stem}.{name}", state[name])
     return QuantizedTensor.from_state(state, stored.scheme, stored.storage)
 
 

@@ -154,19 +154,17 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     )
     if storage == "int-quantized":
         for step in recipe.steps:
-            if getattr(step.method, "bits", 8) != 8:
-                raise RecipeError(
-                    f"{origin}: storage int-quantized holds 8 bits a code, got bits={getattr(step.method, 'bits', '?')}; "  # noqa: E501
-                    "use storage: pack-quantized or bits: 8"
-                )
+            try:
+                step.method.scheme("float32").check_storage(storage)
+            except RecipeError as error:
+                raise RecipeError(f"{origin}: {error}") from None
     return recipe
 
 
 def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: CalibrationOptions | None = None) -> Recipe:
     """The one-line form: one method for every linear of the blocks."""
     method = registry.from_fields(name, fields)
-    bits = getattr(method, "bits", None)
-    title = f"{method.name}-{bits}bit" if bits else method.name
+    title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked)
 

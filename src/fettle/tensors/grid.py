@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fettle.errors import RecipeError
 
-MIN_BITS = 2
+MIN_BITS = 2  # of the uniform grid; one bit has no zero and no sign to spare, see `levels.binary`
 MAX_BITS = 8
 
 
@@ -25,9 +25,10 @@ class Grid:
     """The sorted levels that a code can stand for.
 
     Attributes:
-        name: "uniform", or what the levels are called.
-        bits: width of a code; there are 2**bits levels.
-        levels: ascending; of the uniform grid -2**(bits-1) … 2**(bits-1)-1.
+        name: "uniform", "learned", or what the levels are called.
+        bits: width of a code; there are at most 2**bits levels.
+        levels: ascending; of the uniform grid -2**(bits-1) … 2**(bits-1)-1; empty for "learned", where each weight
+            brings its own, 2**bits of them.
     """
 
     name: str
@@ -39,29 +40,47 @@ class Grid:
         """Whether the levels are the signed integers of `bits` bits."""
         return self.name == "uniform"
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether every weight stores its own levels."""
+        return self.name == "learned"
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a code can stand for zero whatever the scale; learned levels can have one."""
+        return self.is_learned or 0.0 in self.levels
+
+    @property
+    def level_count(self) -> int:
+        """How many different codes there are."""
+        return 2**self.bits if self.is_learned else len(self.levels)
+
     def table(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-        """The levels as a tensor [2**bits]."""
-        return torch.tensor(self.levels, dtype=dtype, device=device)
+        """The levels as a tensor [2**bits]; codes that stand for nothing read as the highest level."""
+        spare = 2**self.bits - len(self.levels)
+        return torch.tensor(self.levels + self.levels[-1:] * spare, dtype=dtype, device=device)
 
     def midpoints(self, device: str | torch.device = "cpu") -> Tensor:
-        """Halfway between neighbouring levels, float32 [2**bits - 1]: where the nearest level changes."""
+        """Halfway between neighbouring levels, float32 [levels - 1]: where the nearest level changes."""
         return torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(self.levels)], device=device)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads back; the uniform grid's levels follow from its bits and are left out."""
         plain: dict[str, Any] = {"name": self.name, "bits": self.bits}
-        return plain if self.is_uniform else {**plain, "levels": list(self.levels)}
+        return plain if self.is_uniform or self.is_learned else {**plain, "levels": list(self.levels)}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Grid:
         """The inverse of `to_dict`.
 
         Raises:
-            RecipeError: impossible bits, or levels that are not 2**bits finite ascending numbers.
+            RecipeError: impossible bits, or levels that are not finite ascending numbers, at most 2**bits.
         """
         if mapping.get("name") == "uniform":
             return uniform(mapping.get("bits", -1))
-        return from_levels(str(mapping.get("name")), mapping.get("levels", ()))
+        if mapping.get("name") == "learned":
+            return learned(mapping.get("bits", -1))
+        return from_levels(str(mapping.get("name")), mapping.get("levels", ()), bits=mapping.get("bits"))
 
 
 def uniform(bits: int) -> Grid:
@@ -79,25 +98,41 @@ def uniform(bits: int) -> Grid:
     return Grid(name="uniform", bits=bits, levels=tuple(float(level) for level in range(-half, half)))
 
 
-def from_levels(name: str, levels: tuple[float, ...] | list[float]) -> Grid:
-    """A grid of any 4 to 256 ascending finite levels, a power of two of them.
+def learned(bits: int) -> Grid:
+    """2**bits levels that each tensor, row or group finds for itself.
+
+    Raises:
+        RecipeError: bits outside 1 to 8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+        raise RecipeError(f"bits={bits!r} cannot be; allowed with learned levels: integers 1 to {MAX_BITS}")
+    return Grid(name="learned", bits=bits, levels=())
+
+
+def from_levels(name: str, levels: tuple[float, ...] | list[float], *, bits: int | None = None) -> Grid:
+    """A grid of any 2 to 256 ascending finite levels.
+
+    Args:
+        name: what it is called.
+        levels: in ascending order.
+        bits: width of a code; None: the least that tells the levels apart.
 
     Raises:
         RecipeError: levels that cannot be a grid.
     """
-    values = tuple(float(level) for level in levels)
-    bits = len(values).bit_length() - 1
+    try:
+        values = tuple(float(level) for level in levels)
+    except (TypeError, ValueError):
+        values = ()
+    needed = max(len(values) - 1, 0).bit_length()
+    chosen = needed if bits is None else bits
+    fits = isinstance(chosen, int) and not isinstance(chosen, bool) and 1 <= needed <= chosen <= MAX_BITS
     ascending = all(a < b for a, b in itertools.pairwise(values))
-    if (
-        len(values) != 2**bits
-        or not MIN_BITS <= bits <= MAX_BITS
-        or not ascending
-        or not all(map(math.isfinite, values))
-    ):
+    if not fits or not ascending or not all(map(math.isfinite, values)):
         raise RecipeError(
-            f"grid {name!r} has {len(values)} levels {values[:4]}…; a grid is 4, 8, … 256 finite numbers in ascending "
-            "order, one for each code"
+            f"grid {name!r} has {len(values)} levels {values[:4]}… in {chosen} bits; a grid is 2 to 256 finite numbers "
+            "in ascending order, at most one for each code"
         )
-    if name == "uniform":
-        raise RecipeError("the name 'uniform' belongs to the integers; give another name to a grid with its own levels")
-    return Grid(name=name, bits=bits, levels=values)
+    if name in ("uniform", "learned"):
+        raise RecipeError(f"the name {name!r} is taken; give another name to a grid with its own levels")
+    return Grid(name=name, bits=chosen, levels=values)

@@ -96,7 +96,7 @@ def _pack_aligned(codes: Tensor, bits: int) -> Tensor:
         high = (eights & ~LOW[width]).bitwise_right_shift_(gap)
         eights = (eights & LOW[width]).bitwise_or_(high)
     dense = eights.view(torch.uint8).view(rows, columns // 8, 8)[:, :, :bits]  # the low `bits` bytes of each
-    return dense.reshape(rows, columns // 8 * bits).view(torch.int32)
+    return dense.reshape(rows, columns // 8 * bits).contiguous().view(torch.int32)
 
 
 def _unpack_aligned(packed: Tensor, bits: int) -> Tensor:

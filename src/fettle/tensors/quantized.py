@@ -2,7 +2,8 @@
 
     value[o, i] = (levels[codes[o, i]] - levels[zero_point[o, g]]) · scale[o, g]      g = i // group_size
 
-without a zero point the second term is left out. The product is rounded to the scale's type, as compressed-tensors'
+without a zero point the second term is left out; learned levels are a table of each tensor, row or group, and have no
+scale; a tensor scale, where the scheme has one, multiplies everything. The product is rounded to the scale's type, as compressed-tensors'
 decompression does it: the difference of two codes is an integer below 256 in size, exact in every scale type, so its
 arithmetic in that type is one rounding of the exact product, and so is ours in float32 followed by one rounding.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from fettle.errors import CheckpointError
 from fettle.tensors.packing import pack_bits, unpack_bits
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.shared import Shared
 
 TILE_WEIGHTS = 1 << 19  # weights worked on at once: 2 MB in float32
 
@@ -29,16 +31,30 @@ class QuantizedTensor:
     """A compressed weight [out, in].
 
     Attributes:
-        codes: uint8 [out, in], index into `scheme.grid.levels`.
-        scale: `scheme.scale_dtype` [out, groups]; channel [out, 1]; tensor [1, 1].
+        codes: uint8 [out, in], index into `scheme.grid.levels` or into `levels`.
+        scale: `scheme.value_dtype` [out, groups]; channel [out, 1]; tensor [1, 1]; ones with learned levels.
         zero_point: uint8 as `scale`, the code that stands for zero; None without.
-        scheme: what the three mean.
+        scheme: what the others mean.
+        levels: `scheme.value_dtype` [out, groups, 2**bits] with the learned grid; None with any other.
+        tensor_scale: float32 [1] where the scheme has one; None otherwise.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: Scheme
+    levels: Tensor | None = None
+    tensor_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, codes: Tensor, shared: Shared, scheme: Scheme) -> QuantizedTensor:
+        """Codes with what they share."""
+        return cls(codes=codes, scale=shared.scale, zero_point=shared.zero_point, levels=shared.levels, scheme=scheme)
+
+    @property
+    def shared(self) -> Shared:
+        """Scale, zero point and levels, without the tensor scale."""
+        return Shared(scale=self.scale, zero_point=self.zero_point, levels=self.levels)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,9 +65,13 @@ class QuantizedTensor:
         """The weight that the codes stand for, [out, in]: rounded to the scale's type, then cast to `dtype`."""
         weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         for rows in row_tiles(*self.shape):
-            zero_point = None if self.zero_point is None else self._rows_of(self.zero_point, rows)
-            weight[rows] = dequantize_rows(self.codes[rows], self._rows_of(self.scale, rows), zero_point, self.scheme)
+            weight[rows] = self.dequantize_tile(rows)
         return weight
+
+    def dequantize_tile(self, rows: slice) -> Tensor:
+        """The values of some rows, [rows, in], in the scheme's `value_dtype`."""
+        values = dequantize_rows(self.codes[rows], self.shared.rows(rows, self.scheme), self.scheme)
+        return values if self.tensor_scale is None else values.mul_(self.tensor_scale)
 
     def nbytes(self, storage: str = "pack-quantized") -> int:
         """Bytes on disk of everything that `to_state` returns."""
@@ -73,7 +93,13 @@ class QuantizedTensor:
             }
         else:
             state = {"weight": _signed(self.codes, bits)}
-        state["weight_scale"] = self.scale.reshape(-1) if whole else self.scale.contiguous()
+        if self.levels is not None:
+            state["weight_levels"] = self.levels.contiguous()
+        else:
+            scale = self.scale.to(self.scheme.torch_scale_dtype)
+            state["weight_scale"] = scale.reshape(-1) if whole else scale.contiguous()
+        if self.tensor_scale is not None:
+            state["weight_tensor_scale"] = self.tensor_scale
         if self.zero_point is not None:
             if storage == "pack-quantized" and not whole:
                 state["weight_zero_point"] = pack_bits(self.zero_point, bits, axis=0)
@@ -105,64 +131,106 @@ class QuantizedTensor:
             packed = stored.dtype == torch.int32
             zero_point = unpack_bits(stored, bits, rows, axis=0) if packed else _unsigned(stored, bits)
             zero_point = zero_point.reshape(rows, groups)
-        return cls(codes=codes, scale=state["weight_scale"].reshape(rows, groups), zero_point=zero_point, scheme=scheme)
+        if scheme.grid.level_count < 2**bits and int(codes.max()) >= scheme.grid.level_count:
+            raise CheckpointError(
+                f"a code is {int(codes.max())}, and {scheme.describe()} has {scheme.grid.level_count} levels; the file "
+                "is damaged"
+            )
+        shared = stored_shared(state, scheme, (rows, groups))
+        return cls(
+            codes=codes,
+            scale=shared.scale,
+            zero_point=zero_point,
+            levels=shared.levels,
+            scheme=scheme,
+            tensor_scale=state["weight_tensor_scale"] if scheme.has_tensor_scale else None,
+        )
 
-    def _rows_of(self, shared: Tensor, rows: slice) -> Tensor:
-        return shared if self.scheme.granularity == "tensor" else shared[rows]
+
+def stored_shared(state: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> Shared:
+    """Scale or levels of a state as they are worked with, the scale in `shape` [rows, groups]; no zero point."""
+    if scheme.grid.is_learned:
+        levels = state["weight_levels"]
+        return Shared(scale=levels.new_ones(shape), levels=levels)
+    return Shared(scale=state["weight_scale"].to(scheme.value_dtype).reshape(shape))
 
 
-def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> QuantizedTensor:
-    """The nearest codes for given scales and zero points.
+def quantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, levels: Tensor | None = None
+) -> QuantizedTensor:
+    """The nearest codes for given scales and zero points, or levels.
 
     Args:
         weight: [out, in], any floating type; untouched.
-        scale: `scheme.scale_dtype`, positive, in the shape of `scheme.scale_shape`.
+        scale: `scheme.value_dtype`, positive, in the shape of `scheme.scale_shape`.
         zero_point: uint8 codes in the same shape, or None.
         scheme: what they mean.
+        levels: of the learned grid, `scheme.value_dtype` [*scale shape, 2**bits], ascending.
     """
     out_features, in_features = weight.shape
+    shared = Shared(scale=scale, zero_point=zero_point, levels=levels)
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
-    whole = scheme.granularity == "tensor"
     for rows in row_tiles(out_features, in_features):
-        codes[rows] = quantize_rows(
-            weight[rows],
-            scale if whole else scale[rows],
-            None if zero_point is None else zero_point if whole else zero_point[rows],
-            scheme,
-        )
-    return QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, scheme=scheme)
+        codes[rows] = quantize_rows(weight[rows], shared.rows(rows, scheme), scheme)
+    return QuantizedTensor.of(codes, shared, scheme)
 
 
-def quantize_rows(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
-    """`quantize` for one tile: codes uint8 [rows, in] for a weight [rows, in] and scales [rows, groups]."""
+def quantize_rows(weight: Tensor, shared: Shared, scheme: Scheme) -> Tensor:
+    """`quantize` for one tile: codes uint8 [rows, in] for a weight [rows, in] and what [rows, groups] share."""
     in_features = weight.shape[1]
     width = scheme.group_width(in_features)
     grid = scheme.grid
-    units = weight.float() / expand_groups(scale.float(), in_features, width)  # a new tensor: changed in place below
+    if shared.levels is not None:
+        return _nearest_learned(weight.float(), shared.levels.float(), width)
+    # a new tensor: changed in place below
+    units = weight.float() / expand_groups(shared.scale.float(), in_features, width)
     if not grid.is_uniform:
         return torch.bucketize(units, grid.midpoints(weight.device)).to(torch.uint8)
     units.round_()
-    if zero_point is None:
+    if shared.zero_point is None:
         units.add_(2 ** (grid.bits - 1))
     else:
-        units.add_(expand_groups(zero_point.float(), in_features, width))
+        units.add_(expand_groups(shared.zero_point.float(), in_features, width))
     return units.clamp_(0, 2**grid.bits - 1).to(torch.uint8)
 
 
-def dequantize_rows(codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
-    """The values of one tile, in the scale's type: codes [rows, in], scales [rows, groups] → [rows, in]."""
+def dequantize_rows(codes: Tensor, shared: Shared, scheme: Scheme) -> Tensor:
+    """The values of one tile, in `value_dtype`: codes [rows, in], what [rows, groups] share → [rows, in]."""
     in_features = codes.shape[1]
     width = scheme.group_width(in_features)
     grid = scheme.grid
+    if shared.levels is not None:
+        return _learned_values(codes, shared.levels, width)
     if grid.is_uniform:
         values = codes.float()
-        if zero_point is None:
+        if shared.zero_point is None:
             values.sub_(2 ** (grid.bits - 1))
     else:
         values = grid.table(device=codes.device)[codes.int()]
-    if zero_point is not None:
-        values.sub_(expand_groups(zero_point.float(), in_features, width))
-    return values.mul_(expand_groups(scale.float(), in_features, width)).to(scheme.torch_scale_dtype)
+    if shared.zero_point is not None:
+        values.sub_(expand_groups(shared.zero_point.float(), in_features, width))
+    return values.mul_(expand_groups(shared.scale.float(), in_features, width)).to(scheme.value_dtype)
+
+
+def _nearest_learned(weight: Tensor, levels: Tensor, width: int) -> Tensor:
+    """Nearest of each group's own levels: weight [rows, in], levels [rows or 1, groups, k] → uint8 [rows, in]."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    midpoints = (levels[..., 1:] + levels[..., :-1]) / 2
+    for group in range(levels.shape[1]):
+        columns = slice(group * width, (group + 1) * width)
+        bounds = midpoints[:, group].expand(len(weight), -1).contiguous()
+        codes[:, columns] = torch.searchsorted(bounds, weight[:, columns].contiguous()).to(torch.uint8)
+    return codes
+
+
+def _learned_values(codes: Tensor, levels: Tensor, width: int) -> Tensor:
+    """The levels that codes [rows, in] name, from tables [rows or 1, groups, k]."""
+    values = torch.empty(codes.shape, dtype=levels.dtype, device=codes.device)
+    for group in range(levels.shape[1]):
+        columns = slice(group * width, (group + 1) * width)
+        table = levels[:, group].expand(len(codes), -1)
+        values[:, columns] = table.gather(1, codes[:, columns].long())
+    return values
 
 
 def expand_groups(values: Tensor, in_features: int, width: int) -> Tensor:

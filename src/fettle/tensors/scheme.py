@@ -11,6 +11,10 @@ out in the same way and marked as fettle's own by `models/storage.py`):
     pack-quantized   weight_packed int32 [out, ⌈in·bits/32⌉] · weight_shape int64 [2] · weight_scale [out, groups]
                      weight_zero_point int32 [⌈out·bits/32⌉, groups]   (for "tensor": int8 [1], the standard leaves it)
     int-quantized    weight int8 [out, in] · weight_scale · weight_zero_point int8 [out, groups]   (8 bits only)
+
+Scales may have eight bits themselves: float8_e8m0fnu, powers of two (the MX formats), and float8_e4m3fn, which has too
+little range for a model's scales and so comes with one float32 for the whole tensor (the NV formats):
+weight_tensor_scale [1]. Learned levels replace the scale: weight_levels [out, groups, 2^bits] (tensor: [1, 1, 2^bits]).
 """
 
 from __future__ import annotations
@@ -28,7 +32,13 @@ Granularity = Literal["tensor", "channel", "group"]
 Storage = Literal["pack-quantized", "int-quantized"]
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,7 @@ class Scheme:
         granularity: what shares a scale: the whole tensor, an output channel (row), or a group of a row's columns.
         group_size: columns a group, with "group" only; need not divide the row.
         zero_point: whether each scale comes with the code that stands for zero (asymmetric; uniform grids only).
-        scale_dtype: "float16", "bfloat16" or "float32".
+        scale_dtype: a key of `SCALE_DTYPES`; of learned levels the type of the levels.
     """
 
     grid: Grid
@@ -51,8 +61,19 @@ class Scheme:
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
-        """`scale_dtype` as torch says it."""
+        """`scale_dtype` as torch says it: the type on disk."""
         return SCALE_DTYPES[self.scale_dtype]
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """The type of scales in memory and of the values: that on disk, or float32 for scales of eight bits."""
+        stored = self.torch_scale_dtype
+        return stored if stored.itemsize > 1 else torch.float32
+
+    @property
+    def has_tensor_scale(self) -> bool:
+        """Whether one float32 scale for the whole tensor stands beside the small ones."""
+        return self.scale_dtype == "float8_e4m3fn"
 
     def validate(self) -> None:
         """Checks that the parts fit together.
@@ -76,6 +97,11 @@ class Scheme:
             )
         if self.zero_point and not self.grid.is_uniform:
             raise RecipeError(f"a zero point needs the uniform grid, got {self.grid.name!r}; use asymmetric: false")
+        if self.grid.is_learned and self.torch_scale_dtype.itemsize == 1:
+            raise RecipeError(
+                f"learned levels in {self.scale_dtype} would be no finer than a float8 grid; allowed: float16, "
+                "bfloat16, float32"
+            )
 
     def group_count(self, in_features: int) -> int:
         """Scales a row."""
@@ -106,7 +132,12 @@ class Scheme:
             spec["weight_shape"] = (torch.int64, (2,))
         else:
             spec["weight"] = (torch.int8, (out_features, in_features))
-        spec["weight_scale"] = (self.torch_scale_dtype, scale_shape)
+        if self.grid.is_learned:
+            spec["weight_levels"] = (self.torch_scale_dtype, (rows, groups, 2**bits))
+        else:
+            spec["weight_scale"] = (self.torch_scale_dtype, scale_shape)
+        if self.has_tensor_scale:
+            spec["weight_tensor_scale"] = (torch.float32, (1,))
         if self.zero_point:
             packed = storage == "pack-quantized" and self.granularity != "tensor"
             spec["weight_zero_point"] = (
@@ -171,5 +202,7 @@ class Scheme:
     def describe(self) -> str:
         """For people: "int4, group 32, zero point, bfloat16 scale"."""
         grid = f"int{self.grid.bits}" if self.grid.is_uniform else f"{self.grid.name} {self.grid.bits} bits"
-        shared = f"group {self.group_size}" if self.granularity == "group" else f"a scale a {self.granularity}"
-        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} scale"
+        what = "table" if self.grid.is_learned else "scale"
+        shared = f"group {self.group_size}" if self.granularity == "group" else f"a {what} a {self.granularity}"
+        tensor = " and a tensor scale" if self.has_tensor_scale else ""
+        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} {what}{tensor}"

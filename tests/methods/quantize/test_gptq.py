@@ -14,7 +14,8 @@ from fettle.errors import NonFiniteError
 from fettle.methods.quantize import sweep as module
 from fettle.methods.quantize.errors import output_error
 from fettle.methods.quantize.gptq import Gptq, GptqOptions, gptq
-from fettle.methods.quantize.round_to_nearest import choose_ranges, round_to_nearest
+from fettle.methods.quantize.round_to_nearest import round_to_nearest
+from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors import Scheme, quantize, uniform
 from fettle.tensors.grid import from_levels
 
@@ -36,7 +37,8 @@ def naive(weight: Tensor, gram: Tensor, scheme: Scheme, *, activation_order: boo
     exact.diagonal().add_(damping * gram.diagonal().double().mean())
     inverse = torch.linalg.inv(exact)
     current = weight.double().clone()
-    scale, zero_point = choose_ranges(weight, scheme, clip="none")
+    shared = choose_shared(weight, scheme, clip="none")
+    scale, zero_point = shared.scale, shared.zero_point
     width = scheme.group_width(columns)
     renewed = not activation_order and scheme.granularity != "tensor"
     order = range(columns)
@@ -47,10 +49,10 @@ def naive(weight: Tensor, gram: Tensor, scheme: Scheme, *, activation_order: boo
         group = column // width
         if renewed and column % width == 0:
             part = replace(scheme, granularity="channel", group_size=None)
-            new_scale, new_zero = choose_ranges(current[:, column : column + width].float(), part, clip="none")
-            scale[:, group] = new_scale[:, 0]
-            if zero_point is not None and new_zero is not None:
-                zero_point[:, group] = new_zero[:, 0]
+            renewed_group = choose_shared(current[:, column : column + width].float(), part, clip="none")
+            scale[:, group] = renewed_group.scale[:, 0]
+            if zero_point is not None and renewed_group.zero_point is not None:
+                zero_point[:, group] = renewed_group.zero_point[:, 0]
         alone = replace(scheme, granularity="channel", group_size=None)
         of_group = scale[:, group : group + 1].expand(len(weight), 1)
         zero_of_group = None if zero_point is None else zero_point[:, group : group + 1].expand(len(weight), 1)
@@ -153,9 +155,9 @@ def test_dead_columns_are_rounded_and_disturb_nobody() -> None:
     changed = weight.clone()
     changed[:, dead] *= 0.5
     alive = [column for column in range(40) if column not in dead]
-    scale = choose_ranges(weight, INT4, clip="none")
-    again = choose_ranges(changed, INT4, clip="none")
-    if torch.equal(scale[0], again[0]):
+    shared = choose_shared(weight, INT4, clip="none")
+    again = choose_shared(changed, INT4, clip="none")
+    if torch.equal(shared.scale, again.scale):
         assert torch.equal(gptq(changed, gram, INT4).codes[:, alive], found.codes[:, alive])
 
 

@@ -10,7 +10,8 @@ from tests.methods.quantize.problems import random_weight
 
 from fettle.errors import NonFiniteError
 from fettle.methods.quantize.errors import weight_error
-from fettle.methods.quantize.round_to_nearest import choose_ranges, round_to_nearest
+from fettle.methods.quantize.round_to_nearest import round_to_nearest
+from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors import Scheme, uniform
 from fettle.tensors.grid import from_levels
 
@@ -88,8 +89,8 @@ def test_importance_decides_whose_error_counts() -> None:
     scheme = scheme_of(3, asymmetric=False)
     heavy, light = torch.ones(32), torch.ones(32)
     heavy[0], light[0] = 1000.0, 0.0
-    with_first = choose_ranges(weight, scheme, clip="search", importance=heavy)[0]
-    without = choose_ranges(weight, scheme, clip="search", importance=light)[0]
+    with_first = choose_shared(weight, scheme, clip="search", importance=heavy).scale
+    without = choose_shared(weight, scheme, clip="search", importance=light).scale
     assert bool((with_first > without).all())
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fettle.tensors.quantized import QuantizedTensor, dequantize_rows, row_tiles
+from fettle.tensors.quantized import QuantizedTensor, row_tiles
 
 
 def weight_error(weight: Tensor, quantized: QuantizedTensor | Tensor) -> float:
@@ -46,14 +46,7 @@ def quadratic_form(difference: Tensor, gram: Tensor) -> float:
 def _values(quantized: QuantizedTensor | Tensor, rows: slice) -> Tensor:
     if isinstance(quantized, Tensor):
         return quantized[rows].float()
-    whole = quantized.scheme.granularity == "tensor"
-    zero_point = quantized.zero_point
-    return dequantize_rows(
-        quantized.codes[rows],
-        quantized.scale if whole else quantized.scale[rows],
-        zero_point if zero_point is None or whole else zero_point[rows],
-        quantized.scheme,
-    ).float()
+    return quantized.dequantize_tile(rows).float()
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The fields that every quantizer of uniform grids shares, and the scheme that they say."""
+"""The fields that every quantizer shares, and the scheme that they say."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fettle.errors import RecipeError
-from fettle.tensors.grid import uniform
+from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformFields:
-    """Recipe keys of a uniform scheme."""
+class GridFields:
+    """Recipe keys of a scheme."""
 
-    bits: int = field(default=4, metadata={"help": "bits a code", "minimum": 2, "maximum": 8})
+    bits: int | None = field(
+        default=None, metadata={"help": "bits a code; none for 4, or the only width of the grid", "minimum": 1, "maximum": 8}
+    )
+    grid: GridName = field(default="uniform", metadata={"help": "what a code can stand for"})
     group_size: int | None = field(
         default=32, metadata={"help": "columns that share a scale; none for one scale a row", "minimum": 1}
     )
@@ -23,20 +26,25 @@ class UniformFields:
         metadata={"help": "what shares a scale; none lets group_size say it, channel and tensor overrule it"},
     )
     asymmetric: bool = field(default=False, metadata={"help": "store a zero point with each scale"})
-    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = field(
-        default="auto", metadata={"help": "type of the scales; auto is the model's own"}
+    scale_dtype: Literal["auto", "float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu"] = field(
+        default="auto",
+        metadata={
+            "help": "type of the scales; auto is the model's own; float8_e8m0fnu are powers of two (MX), float8_e4m3fn "
+            "comes with a scale for the whole tensor (NV)"
+        },
     )
 
     def validate(self) -> None:
         """Checks that the fields fit together.
 
         Raises:
-            RecipeError: groups without a size.
+            RecipeError: groups without a size, a width that the grid does not have, a scheme that cannot be.
         """
         if self.granularity == "group" and self.group_size is None:
             raise RecipeError(
                 "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
             )
+        self.scheme("float32")
 
     def scheme(self, dtype: str) -> Scheme:
         """The scheme; `dtype` is the model's own, for scale_dtype "auto"."""
@@ -44,7 +52,7 @@ class UniformFields:
         if self.scale_dtype != "auto":
             dtype = self.scale_dtype
         scheme = Scheme(
-            grid=uniform(self.bits),
+            grid=named(self.grid, self.bits),
             granularity=granularity,
             group_size=self.group_size if granularity == "group" else None,
             zero_point=self.asymmetric,

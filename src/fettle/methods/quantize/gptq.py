@@ -49,7 +49,8 @@ import torch
 from torch import Tensor
 
 from fettle.errors import NonFiniteError
-from fettle.methods.quantize.fields import UniformFields
+from fettle.methods.quantize.fields import GridFields
+from fettle.methods.quantize.ranges import in_tensor_units
 from fettle.methods.quantize.refine import refine
 from fettle.methods.quantize.sweep import better_rows, corrected, factorize, solve
 from fettle.tensors.quantized import QuantizedTensor
@@ -57,7 +58,7 @@ from fettle.tensors.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(UniformFields):
+class Gptq(GridFields):
     """GPTQ: rounds column after column, and later columns make up for the error of earlier ones."""
 
     name: ClassVar[str] = "gptq"
@@ -110,7 +111,12 @@ class Gptq(UniformFields):
             refine_passes=self.refine_passes,
             correction=self.correction,
         )
-        return gptq(weight, statistics["gram"], self.scheme(dtype), options, drift=statistics.get("drift"))
+        scheme = self.scheme(dtype)
+
+        def solve(weight: Tensor) -> QuantizedTensor:
+            return gptq(weight, statistics["gram"], scheme, options, drift=statistics.get("drift"))
+
+        return in_tensor_units(weight, scheme, solve)
 
 
 @dataclass(frozen=True, kw_only=True)

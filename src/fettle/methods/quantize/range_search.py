@@ -20,6 +20,7 @@ from fettle.methods.quantize.ranges import range_ends, spanning, stored_scale
 from fettle.tensors.scheme import Scheme
 
 SHRINKS = {  # both ends together; where fewer levels make cutting off more worth it, further down
+    1: (0.7, 0.5, 0.3),  # of two levels every scale gives the same codes, and the refit finds the best
     2: (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
     3: (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5),
 }

@@ -3,20 +3,52 @@
     asymmetric   low = min(w, 0), high = max(w, 0)
                  scale = (high - low) / (2^bits - 1), zero point = round(-low / scale)
     symmetric    scale = max|w| / highest level           (2^(bits-1) - 1 on the uniform grid)
+    other grids  scale = max(high / highest level, low / lowest level)
 
 Zero is always in the range, so that zero weights stay zero. A scale is rounded to the type in which it is stored before
 anything is chosen with it: the stored scale is the one that was used. A group of zeros gets the scale 1, which keeps
-every code at zero; a scale too small for its type becomes the smallest that the type has.
+every code at zero (on a grid without zero the smallest scale that there is); a scale too small for its type becomes the
+smallest that the type has.
+
+Scales of float8_e4m3fn have too little range for a model's weights: there the weight is divided by one float32 for the
+whole tensor first, max|w| / (highest level · 448), so that the largest scale is the largest that the type has (the NV
+layout); `in_tensor_units` does that around any solver.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fettle.errors import NonFiniteError
+from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
+
+
+def in_tensor_units(weight: Tensor, scheme: Scheme, solve: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
+    """What `solve` makes of weight [out, in], in units of the tensor scale where the scheme has one.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the weight.
+    """
+    if not scheme.has_tensor_scale:
+        return solve(weight)
+    largest = weight.float().abs().max()
+    if not bool(torch.isfinite(largest)):
+        raise NonFiniteError(NOT_FINITE)
+    top = max(-scheme.grid.levels[0], scheme.grid.levels[-1]) * torch.finfo(scheme.torch_scale_dtype).max
+    unit = largest / top if float(largest) > 0 else torch.ones_like(largest)
+    return replace(solve(weight.float() / unit), tensor_scale=unit.reshape(1))
+
+
+NOT_FINITE = (
+    "the weight holds NaN or infinity, which no code can stand for; check the checkpoint, or leave this linear out with "
+    "where:"
+)
 
 
 def in_groups(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -43,37 +75,44 @@ def range_ends(groups: Tensor) -> tuple[Tensor, Tensor]:
     """
     low, high = torch.aminmax(groups, dim=-1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise NonFiniteError(
-            "the weight holds NaN or infinity, which no code can stand for; check the checkpoint, or leave this linear "
-            "out with where:"
-        )
+        raise NonFiniteError(NOT_FINITE)
     return low.clamp_(max=0), high.clamp_(min=0)
 
 
 def spanning(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale (in the scheme's type) and zero point (uint8 or None) that span low ≤ 0 ≤ high; all [rows, groups].
+    """Scale (in the scheme's `value_dtype`) and zero point (uint8 or None) that span low ≤ 0 ≤ high; all [rows, groups].
 
     Raises:
         NonFiniteError: a scale beyond its type.
     """
     if not scheme.zero_point:
-        return stored_scale(torch.maximum(-low, high) / scheme.grid.levels[-1], scheme), None
+        lowest, highest = scheme.grid.levels[0], scheme.grid.levels[-1]
+        if scheme.grid.is_uniform:
+            lowest = -highest  # the code below it would be for one end alone
+        return stored_scale(torch.maximum(low / lowest, high / highest), scheme), None
     steps = 2**scheme.grid.bits - 1
     scale = stored_scale(high / steps - low / steps, scheme)
     return scale, (-low / scale.float()).round_().clamp_(0, steps).to(torch.uint8)
 
 
 def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
-    """`scale` in the type in which it is stored, positive and finite.
+    """`scale` rounded to the type in which it is stored, positive and finite, as `value_dtype`.
 
     Raises:
         NonFiniteError: a scale beyond the type.
     """
     dtype = scheme.torch_scale_dtype
     limits = torch.finfo(dtype)
-    # Half precision lives on its subnormals (6e-8 to 6e-5); those of the wide types are flushed to zero by some CPUs.
-    smallest = limits.smallest_normal * limits.eps if dtype == torch.float16 else limits.smallest_normal
-    stored = torch.where(scale > 0, scale.clamp(min=smallest), torch.ones_like(scale)).to(dtype)
+    smallest = limits.smallest_normal
+    if dtype in (torch.float16, torch.float8_e4m3fn):  # they live on their subnormals
+        smallest *= limits.eps
+    elif dtype == torch.float8_e8m0fnu:
+        smallest = torch.finfo(torch.float32).smallest_normal  # smaller ones are flushed to zero by some CPUs
+    if scheme.grid.has_zero:
+        wanted = torch.where(scale > 0, scale.clamp(min=smallest), torch.ones_like(scale))
+    else:
+        wanted = scale.clamp(min=smallest)
+    stored = wanted.to(dtype).to(scheme.value_dtype)
     if not bool(torch.isfinite(stored).all()):
         raise NonFiniteError(
             f"a scale of {float(scale.max()):.3g} is needed, and {scheme.scale_dtype} ends at {limits.max:.3g}; set "

@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fettle.methods.quantize.columns import ColumnRounding, rows_of
+from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import stored_scale
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.shared import Shared, stack
 
 BLOCK = 128  # columns that wait for one product
 ROW_TILE = 512
@@ -38,7 +39,8 @@ def refine(quantized: QuantizedTensor, weight: Tensor, gram: Tensor, *, damping:
     """
     if passes < 1:
         return quantized
-    codes, scales = torch.empty_like(quantized.codes), []
+    codes = torch.empty_like(quantized.codes)
+    tiles: list[Shared] = []
     for start in range(0, weight.shape[0], ROW_TILE):
         rows = slice(start, start + ROW_TILE)
         tile = _Tile(quantized, weight, gram, damping, rows)
@@ -46,9 +48,9 @@ def refine(quantized: QuantizedTensor, weight: Tensor, gram: Tensor, *, damping:
             if not tile.improve_():
                 break
         codes[rows] = tile.codes.T
-        scales.append(tile.rounding.shared()[0])
-    scale = scales[0] if quantized.scheme.granularity == "tensor" else torch.cat(scales)
-    return QuantizedTensor(codes=codes, scale=scale, zero_point=quantized.zero_point, scheme=quantized.scheme)
+        tiles.append(tile.rounding.shared())
+    shared = quantized.shared if quantized.scheme.granularity == "tensor" else stack(tiles)
+    return QuantizedTensor.of(codes, shared, quantized.scheme)
 
 
 class _Tile:
@@ -59,8 +61,8 @@ class _Tile:
         self.gram, self.damping = gram, damping
         self.weight = weight[rows].float().T.contiguous()
         self.codes = quantized.codes[rows].T.contiguous()
-        shared = rows_of(quantized.scale, quantized.zero_point, rows, self.scheme)
-        self.rounding = ColumnRounding(*shared, scheme=self.scheme, rows=self.weight.shape[1])
+        shared = quantized.shared.rows(rows, self.scheme)
+        self.rounding = ColumnRounding(shared, scheme=self.scheme, rows=self.weight.shape[1])
         self.in_features = len(self.weight)
         self.width = self.scheme.group_width(self.in_features)
         self.errors = torch.empty_like(self.weight)
@@ -78,7 +80,7 @@ class _Tile:
             some = range(first, min(first + together, groups))
             columns = slice(self._columns(some[0]).start, self._columns(some[-1]).stop)
             gradient = self._gradient(columns)
-            if self.scheme.granularity != "tensor":
+            if self.scheme.granularity != "tensor" and not self.scheme.grid.is_learned:
                 for group in some:
                     changed |= self._refit_scale_(group, columns, gradient)
             if columns.stop - columns.start <= BLOCK:

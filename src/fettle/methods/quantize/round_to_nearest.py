@@ -2,6 +2,8 @@
 
     code = clamp(round(w / scale) + zero_point, 0, 2^bits - 1)
 
+On another grid than the uniform one: the closest level times the scale. Learned levels are found by `learned_levels.py`.
+
 The baseline of the field, and what every other method must beat. With `clip: search` the range of each group shrinks to
 where the squared error of its weights is least: an outlier is cut off where that makes the others finer (the idea of
 OCTAV, Sakr et al. 2022, and of the `mse` option of GPTQ's code, here by search and then by least squares).
@@ -18,15 +20,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fettle.methods.quantize.fields import UniformFields
-from fettle.methods.quantize.range_search import search_ranges
-from fettle.methods.quantize.ranges import in_groups, range_ends, spanning
-from fettle.tensors.quantized import QuantizedTensor, quantize, row_tiles
+from fettle.methods.quantize.fields import GridFields
+from fettle.methods.quantize.ranges import in_tensor_units
+from fettle.methods.quantize.sharing import choose_shared
+from fettle.tensors.quantized import QuantizedTensor, quantize
 from fettle.tensors.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundToNearest(UniformFields):
+class RoundToNearest(GridFields):
     """Round to nearest, with the full range of each group or a searched one."""
 
     name: ClassVar[str] = "round_to_nearest"
@@ -54,38 +56,9 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, *, clip: str = "none") -> Q
     Raises:
         NonFiniteError: NaN or infinity in the weight, or a scale beyond its type.
     """
-    scale, zero_point = choose_ranges(weight, scheme, clip=clip)
-    return quantize(weight, scale, zero_point, scheme)
 
+    def solve(weight: Tensor) -> QuantizedTensor:
+        shared = choose_shared(weight, scheme, clip=clip)
+        return quantize(weight, shared.scale, shared.zero_point, scheme, levels=shared.levels)
 
-def choose_ranges(
-    weight: Tensor, scheme: Scheme, *, clip: str, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of every group of weight [out, in], tile by tile of rows.
-
-    Args:
-        weight: [out, in].
-        scheme: what shares a scale, grid, types.
-        clip: "none" for the full range, "search" for the range with the least error.
-        importance: float32 [in], how much each column's error counts in the search; None for equal.
-    """
-    shape = (weight.shape[0], weight.shape[1])
-    tiles = [slice(None)] if scheme.granularity == "tensor" else row_tiles(*shape)
-    scales, zero_points = [], []
-    for rows in tiles:
-        groups = in_groups(weight[rows], scheme)
-        if clip == "search":
-            scale, zero_point = search_ranges(groups, scheme, _column_importance(importance, weight[rows], scheme))
-        else:
-            scale, zero_point = spanning(*range_ends(groups), scheme)
-        scales.append(scale)
-        zero_points.append(zero_point)
-    found = [zero_point for zero_point in zero_points if zero_point is not None]
-    return torch.cat(scales), torch.cat(found) if found else None
-
-
-def _column_importance(importance: Tensor | None, tile: Tensor, scheme: Scheme) -> Tensor:
-    """Importance of each column in the shape of the groups, zero where a short group was filled."""
-    if importance is None:
-        importance = torch.ones(tile.shape[1])
-    return in_groups(importance.expand(tile.shape if scheme.granularity == "tensor" else (1, tile.shape[1])), scheme)
+    return in_tensor_units(weight, scheme, solve)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fettle.errors import NonFiniteError
-from fettle.methods.quantize.columns import ColumnRounding, rows_of
-from fettle.methods.quantize.round_to_nearest import choose_ranges
+from fettle.methods.quantize.columns import ColumnRounding
+from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.shared import Shared, stack
 
 BLOCK = 128  # columns that wait for one product
 ROW_TILE = 512  # rows in work; fixed, so that no sum depends on the machine
@@ -110,21 +111,18 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, *, clip: str, activati
     """
     importance = torch.empty_like(factor.pivots)
     importance[factor.order] = factor.pivots
-    scale, zero_point = choose_ranges(weight, scheme, clip=clip, importance=importance)
+    shared = choose_shared(weight, scheme, clip=clip, importance=importance)
     renewing = not activation_order and scheme.granularity != "tensor"
     chooser = _Chooser(scheme=scheme, clip=clip, importance=importance) if renewing else None
     tiles = [
-        _sweep(weight[rows], rows_of(scale, zero_point, rows, scheme), factor, scheme, chooser)
+        _sweep(weight[rows], shared.rows(rows, scheme), factor, scheme, chooser)
         for rows in (slice(start, start + ROW_TILE) for start in range(0, weight.shape[0], ROW_TILE))
     ]
     if renewing:
-        scale = torch.cat([tile.quantized.scale for tile in tiles])
-        renewed = [tile.quantized.zero_point for tile in tiles if tile.quantized.zero_point is not None]
-        zero_point = torch.cat(renewed) if renewed else None
+        shared = stack([tile.quantized.shared for tile in tiles])
     codes = torch.cat([tile.quantized.codes for tile in tiles])
     return Solution(
-        quantized=QuantizedTensor(codes=codes, scale=scale, zero_point=zero_point, scheme=scheme),
-        errors=torch.cat([tile.errors for tile in tiles]),
+        quantized=QuantizedTensor.of(codes, shared, scheme), errors=torch.cat([tile.errors for tile in tiles])
     )
 
 
@@ -134,15 +132,8 @@ def better_rows(one: Solution, other: Solution) -> QuantizedTensor:
     if first.scheme.granularity == "tensor":
         return second if float(other.errors.double().sum()) < float(one.errors.double().sum()) else first
     better = (other.errors < one.errors).unsqueeze(1)
-    zero_point = None
-    if first.zero_point is not None and second.zero_point is not None:
-        zero_point = torch.where(better, second.zero_point, first.zero_point)
-    return QuantizedTensor(
-        codes=torch.where(better, second.codes, first.codes),
-        scale=torch.where(better, second.scale, first.scale),
-        zero_point=zero_point,
-        scheme=first.scheme,
-    )
+    codes = torch.where(better, second.codes, first.codes)
+    return QuantizedTensor.of(codes, first.shared.where(second.shared, better), first.scheme)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,21 +144,21 @@ class _Chooser:
     clip: str
     importance: Tensor  # [in]
 
-    def choose(self, weights: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point [rows, 1] of one group's weights [rows, width], which are these columns."""
+    def choose(self, weights: Tensor, columns: slice) -> Shared:
+        """What is shared, [rows, 1], of one group's weights [rows, width], which are these columns."""
         one_group = replace(self.scheme, granularity="channel", group_size=None)
-        return choose_ranges(weights, one_group, clip=self.clip, importance=self.importance[columns])
+        return choose_shared(weights, one_group, clip=self.clip, importance=self.importance[columns])
 
 
 def _sweep(
-    weight: Tensor, shared: tuple[Tensor, Tensor | None], factor: Factor, scheme: Scheme, chooser: _Chooser | None
+    weight: Tensor, shared: Shared, factor: Factor, scheme: Scheme, chooser: _Chooser | None
 ) -> Solution:
-    """Rounds every column of one tile of rows, [rows, in]; `shared` is its scale and zero point, [rows or 1, groups].
+    """Rounds every column of one tile of rows, [rows, in], with what [rows or 1, groups] share.
 
     With a chooser each group's range is chosen anew when its first column is reached (columns from left to right only).
     """
     in_features = weight.shape[1]
-    columns = ColumnRounding(*shared, scheme=scheme, rows=len(weight))
+    columns = ColumnRounding(shared, scheme=scheme, rows=len(weight))
     matrix = factor.matrix
     arranged = weight.float().T[factor.order]  # [in, rows]: a column is a contiguous row of it
     errors = torch.zeros_like(arranged)
@@ -191,9 +182,7 @@ def _sweep(
             targets[: place - start].addr_(matrix[place, start:place], errors[place])
     found = torch.empty_like(codes)
     found[factor.order] = codes
-    scale, zero_point = columns.shared()
-    quantized = QuantizedTensor(codes=found.T.contiguous(), scale=scale, zero_point=zero_point, scheme=scheme)
-    return Solution(quantized=quantized, errors=cost)
+    return Solution(quantized=QuantizedTensor.of(found.T.contiguous(), columns.shared(), scheme), errors=cost)
 
 
 def _changed_weights(arranged: Tensor, errors: Tensor, matrix: Tensor, places: slice) -> Tensor:
