@@ -202,7 +202,9 @@ def test_values_on_the_grid_come_back(name: str, fields: dict[str, Any]) -> None
 def test_state_scheme_and_fields_come_back(name: str, fields: dict[str, Any]) -> None:
     found = compress(name, fields, random_weight(7, 172), statistics_of(172))
     scheme = Scheme.from_dict(yaml.safe_load(yaml.safe_dump(found.scheme.to_dict())))
-    for storage in ["pack-quantized"] + (["int-quantized"] if found.scheme.grid.bits == 8 and found.scheme.grid.is_uniform else []):
+    for storage in ["pack-quantized"] + (
+        ["int-quantized"] if found.scheme.grid.bits == 8 and found.scheme.grid.is_uniform else []
+    ):
         assert_same(QuantizedTensor.from_state(found.to_state(storage), scheme, storage), found)
     method = from_fields(name, fields)
     assert from_fields(name, yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method

@@ -88,7 +88,13 @@ def test_every_grid_has_a_default_width() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits", "allowed"),
-    [("float", 5, "4, 6, 8"), ("ternary", 4, "2"), ("binary", 2, "1"), ("normal_float", 1, "2, 3"), ("float", True, "4")],
+    [
+        ("float", 5, "4, 6, 8"),
+        ("ternary", 4, "2"),
+        ("binary", 2, "1"),
+        ("normal_float", 1, "2, 3"),
+        ("float", True, "4"),
+    ],
 )
 def test_widths_that_cannot_be(name: str, bits: int, allowed: str) -> None:
     with pytest.raises(RecipeError, match=rf"bits={bits}.*grid '{name}'; allowed: {allowed}"):

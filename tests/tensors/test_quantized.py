@@ -114,7 +114,9 @@ def test_no_code_is_nearer_than_the_chosen_one() -> None:
 
 def test_learned_values_are_looked_up_in_each_groups_own_table() -> None:
     scheme = Scheme(grid=learned(2), granularity="group", group_size=3)
-    levels = torch.tensor([[[-1.0, 0.0, 0.5, 2.0], [1.0, 2.0, 3.0, 4.0]], [[-4.0, -3.0, 3.0, 4.0], [0.0, 0.1, 0.2, 9.0]]])
+    levels = torch.tensor(
+        [[[-1.0, 0.0, 0.5, 2.0], [1.0, 2.0, 3.0, 4.0]], [[-4.0, -3.0, 3.0, 4.0], [0.0, 0.1, 0.2, 9.0]]]
+    )
     weight = torch.tensor([[1.9, -0.6, 0.2, 3.6, 0.0], [-3.4, 0.1, 9.0, 0.16, 5.0]])
     found = quantize(weight, torch.ones(2, 2), None, scheme, levels=levels)
     assert found.codes.tolist() == [[3, 0, 1, 3, 0], [1, 2, 3, 2, 3]]
@@ -125,7 +127,7 @@ def test_a_code_without_a_level_is_found() -> None:
     scheme = Scheme(grid=named("ternary"), granularity="channel")
     state = random_quantized(scheme, (2, 9)).to_state()
     state["weight_packed"] = torch.full_like(state["weight_packed"], -1)
-    with pytest.raises(CheckpointError, match="a code is 3, and ternary 2 bits.* has 3 levels"):
+    with pytest.raises(CheckpointError, match=r"a code is 3, and ternary 2 bits.* has 3 levels"):
         QuantizedTensor.from_state(state, scheme)
 
 

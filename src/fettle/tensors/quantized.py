@@ -3,7 +3,9 @@
     value[o, i] = (levels[codes[o, i]] - levels[zero_point[o, g]]) · scale[o, g]      g = i // group_size
 
 without a zero point the second term is left out; learned levels are a table of each tensor, row or group, and have no
-scale; a tensor scale, where the scheme has one, multiplies everything. The product is rounded to the scale's type, as compressed-tensors'
+scale; a tensor scale, where the scheme has one, multiplies everything.
+
+The product is rounded to the scale's type, as compressed-tensors'
 decompression does it: the difference of two codes is an integer below 256 in size, exact in every scale type, so its
 arithmetic in that type is one rounding of the exact product, and so is ours in float32 followed by one rounding.
 

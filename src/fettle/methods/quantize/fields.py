@@ -15,7 +15,8 @@ class GridFields:
     """Recipe keys of a scheme."""
 
     bits: int | None = field(
-        default=None, metadata={"help": "bits a code; none for 4, or the only width of the grid", "minimum": 1, "maximum": 8}
+        default=None,
+        metadata={"help": "bits a code; none for 4, or the only width of the grid", "minimum": 1, "maximum": 8},
     )
     grid: GridName = field(default="uniform", metadata={"help": "what a code can stand for"})
     group_size: int | None = field(

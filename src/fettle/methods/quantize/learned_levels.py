@@ -2,10 +2,10 @@
 
     minimise over levels l_1 ≤ … ≤ l_k    Σ_i h_i · min_a (w_i - l_a)²
 
-One-dimensional k-means (Lloyd 1957): every weight to its nearest level, every level to the weighted mean of its weights;
-the error only falls. With h = 1 it is the weight sharing of Deep Compression (Han et al. 2016,
-https://arxiv.org/abs/1510.00149); with h the gram's diagonal, the sensitivity-weighted k-means of SqueezeLLM (Kim et al.
-2023, https://arxiv.org/abs/2306.07629, which takes the Fisher diagonal).
+One-dimensional k-means (Lloyd 1957): every weight to its nearest level, every level to the weighted mean of its
+weights; the error only falls. With h = 1 it is the weight sharing of Deep Compression (Han et al. 2016,
+https://arxiv.org/abs/1510.00149); with h the gram's diagonal, the sensitivity-weighted k-means of SqueezeLLM (Kim et
+al. 2023, https://arxiv.org/abs/2306.07629, which takes the Fisher diagonal).
 
 Two starts, equal shares of the weights and equal steps of the range, and the better end of the two: Lloyd stays in the
 valley in which it starts. A level that no weight is nearest to keeps its place.

@@ -46,8 +46,8 @@ def in_tensor_units(weight: Tensor, scheme: Scheme, solve: Callable[[Tensor], Qu
 
 
 NOT_FINITE = (
-    "the weight holds NaN or infinity, which no code can stand for; check the checkpoint, or leave this linear out with "
-    "where:"
+    "the weight holds NaN or infinity, which no code can stand for; check the checkpoint, or leave this linear out "
+    "with where:"
 )
 
 

@@ -2,7 +2,7 @@
 
     code = clamp(round(w / scale) + zero_point, 0, 2^bits - 1)
 
-On another grid than the uniform one: the closest level times the scale. Learned levels are found by `learned_levels.py`.
+On another grid than the uniform one: the closest level times the scale. `learned_levels.py` finds learned levels.
 
 The baseline of the field, and what every other method must beat. With `clip: search` the range of each group shrinks to
 where the squared error of its weights is least: an outlier is cut off where that makes the others finer (the idea of
@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from fettle.methods.quantize.fields import GridFields

@@ -150,9 +150,7 @@ class _Chooser:
         return choose_shared(weights, one_group, clip=self.clip, importance=self.importance[columns])
 
 
-def _sweep(
-    weight: Tensor, shared: Shared, factor: Factor, scheme: Scheme, chooser: _Chooser | None
-) -> Solution:
+def _sweep(weight: Tensor, shared: Shared, factor: Factor, scheme: Scheme, chooser: _Chooser | None) -> Solution:
     """Rounds every column of one tile of rows, [rows, in], with what [rows or 1, groups] share.
 
     With a chooser each group's range is chosen anew when its first column is reached (columns from left to right only).
