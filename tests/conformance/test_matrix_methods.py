@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +13,19 @@ from safetensors.torch import save_file
 from tests.methods.quantize.problems import correlated_gram, random_weight
 from torch import Tensor
 
-from fettle.errors import NonFiniteError
-from fettle.methods.quantize.errors import output_error, weight_error
+from fettle.errors import NonFiniteError, RecipeError
+from fettle.methods.quantize.errors import output_error, robust_error, weight_error
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.methods.registry import METHODS, from_fields, to_fields
 from fettle.methods.statistics import STATISTICS
 from fettle.tensors import QuantizedTensor, Scheme, quantize
 from fettle.workers import Workers
+
+OBJECTIVES: dict[str, Callable[[Tensor, QuantizedTensor, Tensor], float]] = {
+    "output_error": output_error,
+    "weight_error": lambda weight, found, gram: weight_error(weight, found),
+    "robust_error": lambda weight, found, gram: robust_error(weight, found),
+}
 
 # Every combination that changes a code path; kept few, as the suite runs over all methods.
 FIELDS: list[dict[str, Any]] = [
@@ -35,7 +42,27 @@ FIELDS: list[dict[str, Any]] = [
 SHAPES = [(7, 172), (64, 172), (5, 20), (1, 1), (3, 33)]
 
 every_method = pytest.mark.parametrize("name", METHODS)
-every_field = pytest.mark.parametrize("fields", FIELDS, ids=lambda f: "-".join(str(v) for v in f.values()))
+
+
+def accepted(name: str, fields: dict[str, Any]) -> bool:
+    """Whether the method takes these fields; what it refuses, it refuses with a reason (see the last test)."""
+    try:
+        from_fields(name, fields)
+    except RecipeError:
+        return False
+    return True
+
+
+every_case = pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        pytest.param(name, fields, id=f"{name}-{'-'.join(str(v) for v in fields.values())}")
+        for name in METHODS
+        for fields in FIELDS
+        if accepted(name, fields)
+    ],
+)
+REFUSED = {("hqq", "learned")}  # method and grid that make no sense together
 
 
 def statistics_of(in_features: int, seed: int = 0) -> dict[str, Tensor]:
@@ -77,8 +104,7 @@ def assert_well_formed(found: QuantizedTensor, shape: tuple[int, int], scheme: S
     assert bool(torch.isfinite(found.dequantize()).all())
 
 
-@every_method
-@every_field
+@every_case
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_odd_sizes(name: str, fields: dict[str, Any], shape: tuple[int, int]) -> None:
     found = compress(name, fields, random_weight(*shape), statistics_of(shape[1]))
@@ -94,15 +120,13 @@ def test_odd_groups(name: str, group_size: int) -> None:
     assert output_error(random_weight(6, 172), found, correlated_gram(172)) < 0.05
 
 
-@every_method
-@every_field
+@every_case
 def test_deterministic(name: str, fields: dict[str, Any]) -> None:
     weight, statistics = random_weight(7, 172), statistics_of(172)
     assert_same(compress(name, fields, weight, statistics), compress(name, fields, weight, statistics))
 
 
-@every_method
-@every_field
+@every_case
 def test_threads_change_no_bit(name: str, fields: dict[str, Any]) -> None:
     problems = [(random_weight(9, 172, seed), statistics_of(172, seed)) for seed in range(3)]
     found = []
@@ -113,8 +137,7 @@ def test_threads_change_no_bit(name: str, fields: dict[str, Any]) -> None:
         assert_same(one, other)
 
 
-@every_method
-@every_field
+@every_case
 def test_weight_and_statistics_are_untouched(name: str, fields: dict[str, Any]) -> None:
     weight, statistics = random_weight(7, 172), statistics_of(172)
     copies = weight.clone(), {kind: value.clone() for kind, value in statistics.items()}
@@ -123,8 +146,7 @@ def test_weight_and_statistics_are_untouched(name: str, fields: dict[str, Any]) 
     assert all(torch.equal(statistics[kind], value) for kind, value in copies[1].items())
 
 
-@every_method
-@every_field
+@every_case
 def test_zero_weights_stay_zero(name: str, fields: dict[str, Any]) -> None:
     for statistics in (statistics_of(70), {k: torch.zeros(70, 70) for k in STATISTICS}):
         found = compress(name, fields, torch.zeros(5, 70), statistics)
@@ -132,8 +154,7 @@ def test_zero_weights_stay_zero(name: str, fields: dict[str, Any]) -> None:
         assert float(found.dequantize().abs().max()) <= (0 if found.scheme.grid.has_zero else 1e-30)
 
 
-@every_method
-@every_field
+@every_case
 @pytest.mark.parametrize("hard", ["constant", "outlier", "tiny", "zero rows", "one weight"])
 def test_hard_weights(name: str, fields: dict[str, Any], hard: str) -> None:
     weight = random_weight(5, 70)
@@ -161,8 +182,7 @@ def test_a_group_without_the_outlier_is_not_hurt(name: str) -> None:
     assert weight_error(weight[:, 32:], found.dequantize()[:, 32:]) < 1e-3
 
 
-@every_method
-@every_field
+@every_case
 def test_dead_columns(name: str, fields: dict[str, Any]) -> None:
     statistics = statistics_of(70)
     for value in statistics.values():
@@ -189,16 +209,14 @@ def test_other_types_of_weight_are_accepted(name: str, dtype: torch.dtype) -> No
     assert_same(compress(name, {}, weight, statistics_of(70)), compress(name, {}, weight.float(), statistics_of(70)))
 
 
-@every_method
-@every_field
+@every_case
 def test_values_on_the_grid_come_back(name: str, fields: dict[str, Any]) -> None:
     found = compress(name, {**fields, "scale_dtype": "float32"}, random_weight(7, 172), statistics_of(172))
     again = quantize(found.dequantize(), found.scale, found.zero_point, found.scheme, levels=found.levels)
     assert torch.equal(again.codes, found.codes)
 
 
-@every_method
-@every_field
+@every_case
 def test_state_scheme_and_fields_come_back(name: str, fields: dict[str, Any]) -> None:
     found = compress(name, fields, random_weight(7, 172), statistics_of(172))
     scheme = Scheme.from_dict(yaml.safe_load(yaml.safe_dump(found.scheme.to_dict())))
@@ -210,8 +228,7 @@ def test_state_scheme_and_fields_come_back(name: str, fields: dict[str, Any]) ->
     assert from_fields(name, yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
 
 
-@every_method
-@every_field
+@every_case
 def test_reported_bits_are_stored_bits(name: str, fields: dict[str, Any], tmp_path: Any) -> None:
     found = compress(name, fields, random_weight(64, 172), statistics_of(172))
     path = tmp_path / "weight.safetensors"
@@ -226,8 +243,7 @@ def test_reported_bits_are_stored_bits(name: str, fields: dict[str, Any], tmp_pa
     assert_same(QuantizedTensor.from_state(state, found.scheme), found)
 
 
-@every_method
-@every_field
+@every_case
 def test_no_worse_than_round_to_nearest_in_its_own_objective(name: str, fields: dict[str, Any]) -> None:
     method = from_fields(name, fields)
     ours = theirs = 0.0
@@ -235,10 +251,12 @@ def test_no_worse_than_round_to_nearest_in_its_own_objective(name: str, fields: 
         weight, statistics = random_weight(24, 172, seed), statistics_of(172, seed)
         found = compress(name, fields, weight, statistics)
         nearest = round_to_nearest(weight, method.scheme("bfloat16"))
-        if method.objective == "output_error":
-            ours += output_error(weight, found, statistics["gram"])
-            theirs += output_error(weight, nearest, statistics["gram"])
-        else:
-            ours += weight_error(weight, found)
-            theirs += weight_error(weight, nearest)
+        ours += OBJECTIVES[method.objective](weight, found, statistics["gram"])
+        theirs += OBJECTIVES[method.objective](weight, nearest, statistics["gram"])
     assert ours <= theirs * (1 + 1e-6)
+
+
+@every_method
+def test_only_what_makes_no_sense_is_refused(name: str) -> None:
+    refused = {fields.get("grid") for fields in FIELDS if not accepted(name, fields)}
+    assert refused == {grid for method, grid in REFUSED if method == name}

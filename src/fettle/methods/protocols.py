@@ -2,12 +2,15 @@
 
 A method declares by name the statistics that it wants on its linear's inputs; the walk collects them. The rest of it is
 a pure function on tensors.
+
+    MatrixMethod   weight [out, in], statistics → codes
+    Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -52,4 +55,50 @@ class MatrixMethod(Protocol):
         Raises:
             NonFiniteError: NaN or infinity in the weight, a statistic or a scale.
         """
+        ...
+
+
+class BlockView(Protocol):
+    """A block as a tuner sees it: a function of its weights that says how far its outputs are from the original's."""
+
+    @property
+    def windows(self) -> int:
+        """How many windows of calibration inputs there are."""
+        ...
+
+    def error(self, weights: Mapping[str, Tensor], windows: Sequence[int]) -> float:
+        """Mean squared error of the block's outputs with these weights [out, in], relative to the outputs' own size.
+
+        The block reads what the compressed blocks before it give; what counts is the original block's output on the
+        original inputs.
+        """
+        ...
+
+    def gradient(self, weights: Mapping[str, Tensor], windows: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
+        """That error, and its gradient for each weight, float32 [out, in]."""
+        ...
+
+
+class Tuner(Protocol):
+    """Improves the codes of several linears of one block together. Frozen, so that equal ones work on one set."""
+
+    def tune(
+        self, start: Mapping[str, QuantizedTensor], weights: Mapping[str, Tensor], block: BlockView
+    ) -> dict[str, QuantizedTensor]:
+        """Codes for the same linears in the same schemes, with no larger error on the windows held back.
+
+        Args:
+            start: what the method chose for each linear alone.
+            weights: the originals, float32 [out, in].
+            block: the block with everything else in it as it is.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockMethod(Protocol):
+    """A MatrixMethod whose codes a tuner improves once all linears of the block have some."""
+
+    def tuner(self) -> Tuner:
+        """The tuner with this method's options."""
         ...

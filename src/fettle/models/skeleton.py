@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -230,6 +231,34 @@ class Skeleton:
     @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
         """Hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read."""
+        return self._forward(index, hidden, tap)
+
+    @torch.enable_grad()
+    def weight_gradients(
+        self, index: int, hidden: Tensor, error: Callable[[Tensor], Tensor], linears: Sequence[Linear]
+    ) -> tuple[float, list[Tensor]]:
+        """`error` of the block's output, and its gradient for each weight as it stands in the block, [out, in].
+
+        Args:
+            index: a loaded block.
+            hidden: [1, tokens, hidden], what enters it.
+            error: the block's output [1, tokens, hidden] → a scalar.
+            linears: of this block. Several threads may ask at once: nothing is written.
+        """
+        parameters = [self._slot_parameter(linear) for linear in linears]
+        distinct = list({id(p): p for p in parameters}.values())
+        value = error(self._forward(index, hidden, None))
+        found = torch.autograd.grad(value, distinct, allow_unused=True)  # an expert may have seen no token
+        by_parameter = {id(p): torch.zeros_like(p) if g is None else g for p, g in zip(distinct, found, strict=True)}
+        gradients = [self._part(by_parameter[id(p)], li) for p, li in zip(parameters, linears, strict=True)]
+        return float(value.detach()), gradients
+
+    def require_gradients_(self, linears: Sequence[Linear], wanted: bool) -> None:
+        """Turns the recording of gradients on or off for these weights."""
+        for linear in linears:
+            self._slot_parameter(linear).requires_grad_(wanted)
+
+    def _forward(self, index: int, hidden: Tensor, tap: Tap | None) -> Tensor:
         tokens = hidden.shape[1]
         if tokens not in self._arguments:
             raise UsageError(f"no window of {tokens} tokens was embedded, so the masks of that length are not known.")
@@ -267,7 +296,11 @@ class Skeleton:
 
     def _view(self, linear: Linear) -> Tensor:
         """The slot as a view [out, in] into the module's parameter."""
-        view = self._slot_parameter(linear)
+        return self._part(self._slot_parameter(linear), linear)
+
+    @staticmethod
+    def _part(view: Tensor, linear: Linear) -> Tensor:
+        """Of something in the shape of a linear's parameter, the linear's own part, [out, in]."""
         if linear.slot.index is not None:
             view = view[linear.slot.index]
         if linear.slot.rows is not None:

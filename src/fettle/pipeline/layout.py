@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fettle.methods.protocols import MatrixMethod
+from fettle.methods.protocols import BlockMethod, MatrixMethod, Tuner
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.writer import shard_bytes
@@ -33,6 +33,18 @@ class Compression:
     def statistics(self) -> tuple[str, ...]:
         """What the method wants to know of this linear's inputs."""
         return self.method.needs()
+
+    @property
+    def tuner(self) -> Tuner | None:
+        """What improves the codes of a whole block afterwards; None for most methods, and outside the blocks."""
+        if self.linear.block is None or not isinstance(self.method, BlockMethod):
+            return None
+        return self.method.tuner()
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether windows of text are needed."""
+        return bool(self.statistics) or self.tuner is not None
 
 
 @dataclass(frozen=True, kw_only=True)

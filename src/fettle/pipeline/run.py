@@ -95,7 +95,7 @@ def prepare(
     layout = build_layout(checkpoint, anatomy, assign(recipe, anatomy), recipe.storage)
     text = windows = None
     options = recipe.calibration
-    if any(item.statistics for item in layout.compressions):
+    if any(item.looks_at_data for item in layout.compressions):
         tokenizer = load_tokenizer(folder)
         if tokenizer is None:
             raise UsageError(

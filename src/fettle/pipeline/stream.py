@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,8 +49,13 @@ class Job:
 
     @property
     def last_data_unit(self) -> int:
-        """The last unit with a method that declares statistics; -1 where none does."""
-        return max((u.index for u in self.layout.units if any(c.statistics for c in u.compressed)), default=-1)
+        """The last unit with a method that looks at data; -1 where none does."""
+        return max((u.index for u in self.layout.units if any(c.looks_at_data for c in u.compressed)), default=-1)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether some method wants a block's original outputs."""
+        return any(item.tuner is not None for item in self.layout.compressions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,17 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
     return Outcome(quantized=quantized, line=line)
 
 
+def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, seconds: float) -> Outcome:
+    """The outcome with codes that a tuner chose instead; their error is that of the weights, as no gram says what they
+    were chosen for.
+    """
+    line = replace(
+        outcome.line, error=weight_error(weight, quantized), objective="weight_error",
+        seconds=outcome.line.seconds + seconds,
+    )  # fmt: skip
+    return Outcome(quantized=quantized, line=line)
+
+
 class Stream:
     """The hidden states of every window before the current block; see the module's text."""
 
@@ -109,7 +125,8 @@ class Stream:
         self.skeleton.free_head()
         states = embedded if kept is None else [state.to(job.device) for state in kept]
         self.twin: Skeleton | None = None  # the same block as the base has it, where a method looks at the drift
-        if any(STATISTICS[kind].paired for item in job.layout.compressions for kind in item.statistics):
+        paired = any(STATISTICS[kind].paired for item in job.layout.compressions for kind in item.statistics)
+        if paired or (job.windows and job.tunes):
             self.twin = Skeleton.build(job.checkpoint, job.anatomy, device=job.device)
             for ids in {len(window): window for window in job.windows}.values():
                 self.twin.embed(ids.unsqueeze(0))

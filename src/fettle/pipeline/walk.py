@@ -34,9 +34,10 @@ from torch import Tensor
 from fettle.models.anatomy import Linear
 from fettle.models.checkpoint import check_finite
 from fettle.models.writer import write_shard
+from fettle.pipeline.block_objective import BlockObjective
 from fettle.pipeline.journal import Journal, LedgerLine, ShardRecord
 from fettle.pipeline.layout import METADATA, Compression, Unit
-from fettle.pipeline.stream import Job, Outcome, Seen, Stream, compress_linear
+from fettle.pipeline.stream import Job, Outcome, Seen, Stream, compress_linear, renewed
 from fettle.progress import Progress
 
 
@@ -103,6 +104,7 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
     assert unit.block is not None
     stream.load_block(unit.block)
     outcomes: list[Outcome] = []
+    originals = {c.linear.name: stream.checked_weight(c.linear) for c in unit.compressed if c.tuner is not None}
     stages = _stages(unit.compressed, job)
     if not stages:
         stream.leave_original(unit.block)
@@ -114,10 +116,35 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
         for item, outcome in zip(stage, solved, strict=True):
             stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
         outcomes.extend(solved)
+    outcomes = _tune_block(job, unit, stream, outcomes, originals)
     if unit.index < job.last_data_unit:
         stream.run_on(unit.block)
     stream.free_block(unit.block)
     return outcomes
+
+
+def _tune_block(
+    job: Job, unit: Unit, stream: Stream, outcomes: list[Outcome], originals: Mapping[str, Tensor]
+) -> list[Outcome]:
+    """Outcomes with the codes that the methods' tuners make of them; linears with equal tuners are tuned together."""
+    assert unit.block is not None
+    items = {item.linear.name: item for item in unit.compressed if item.linear.name in originals}
+    found = {outcome.line.linear: outcome for outcome in outcomes}
+    windows = list(zip(stream.hidden, stream.original, strict=True)) if items else []
+    for tuner in dict.fromkeys(item.tuner for item in items.values()):
+        names = [name for name, item in items.items() if item.tuner == tuner]
+        if tuner is None or not windows:
+            continue
+        started = time.monotonic()
+        linears = {name: items[name].linear for name in names}
+        objective = BlockObjective(stream.skeleton, unit.block, linears, windows, job.workers)
+        start = {name: found[name].quantized for name in names}
+        tuned = tuner.tune(start, {name: originals[name] for name in names}, objective)
+        seconds = (time.monotonic() - started) / len(names)
+        for name, quantized in tuned.items():
+            stream.skeleton.set_weight_(linears[name], quantized.dequantize())
+            found[name] = renewed(found[name], quantized, originals[name], seconds)
+    return list(found.values())
 
 
 def _solve(job: Job, stream: Stream, seen: Mapping[str, Seen], item: Compression) -> Outcome:

@@ -38,6 +38,16 @@ def output_error(weight: Tensor, quantized: QuantizedTensor | Tensor, gram: Tens
     return _ratio(error, energy)
 
 
+def robust_error(weight: Tensor, quantized: QuantizedTensor | Tensor, norm: float = 0.7) -> float:
+    """Σ|error|^norm relative to the weight's own; what HQQ minimises."""
+    error = energy = 0.0
+    for rows in row_tiles(*_shape(weight)):
+        tile = weight[rows].float()
+        error += float((tile - _values(quantized, rows)).abs().pow(norm).sum(dtype=torch.float64))
+        energy += float(tile.abs().pow(norm).sum(dtype=torch.float64))
+    return _ratio(error, energy)
+
+
 def quadratic_form(difference: Tensor, gram: Tensor) -> float:
     """tr(ΔGΔᵀ) for a tile Δ [rows, in]."""
     return float((difference @ gram).mul_(difference).sum(dtype=torch.float64))

@@ -80,7 +80,7 @@ def range_ends(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spanning(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale (in the scheme's `value_dtype`) and zero point (uint8 or None) that span low ≤ 0 ≤ high; all [rows, groups].
+    """Scale (`value_dtype`) and zero point (uint8 or None) that span low ≤ 0 ≤ high; all [rows, groups].
 
     Raises:
         NonFiniteError: a scale beyond its type.
