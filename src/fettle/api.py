@@ -29,7 +29,8 @@ from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.models.anatomy import read_anatomy
-from fettle.models.checkpoint import Checkpoint, context_length
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
 from fettle.models.loading import LoadedModel
 from fettle.models.loading import load as load_model
 from fettle.models.source import resolve

@@ -29,7 +29,8 @@ from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import DiskFullError, InterruptedRunError, UsageError
 from fettle.models.anatomy import Anatomy, read_anatomy
-from fettle.models.checkpoint import Checkpoint, context_length
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
 from fettle.models.loading import TOKENIZER_FILES
 from fettle.models.source import resolve
 from fettle.models.storage import quantization_config, stored_schemes
