@@ -12,7 +12,7 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekke
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether `folder` holds a tokenizer."""
-    return any((Path(folder) / name).exists() for name in _FILES)
+    return any((Path(folder) / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

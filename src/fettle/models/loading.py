@@ -64,7 +64,7 @@ def load(
 
 def _tokenizer(folder: Path) -> Any:
     """As `data.load_tokenizer`, which this room may not know: the rooms of models and of text are on one floor."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 

@@ -44,8 +44,8 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
     except (*_BAD_CONFIG, StrictDataclassError) as error:
         raise ModelError(
             f"transformers {transformers.__version__} cannot build the model that config.json in {checkpoint.folder} "
-            f"describes: {error}. "
-            "Check that value there, model_type and architectures, or install a transformers that knows them."
+            f"describes: {' '.join(str(error).split())}. Check that value there, model_type, architectures and the "
+            "token ids, or install a transformers that knows them."
         ) from error
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
