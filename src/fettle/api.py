@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 
-from fettle.data.tokenizer import load_tokenizer
+from fettle.data.tokenizer import has_tokenizer, load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
-from fettle.engine.completion import complete
+from fettle.engine.completion import checked_prompt, complete
 from fettle.errors import UsageError, unknown_word
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.models.anatomy import read_anatomy
-from fettle.models.checkpoint import Checkpoint, context_length
+from fettle.models.checkpoint import INDEX, Checkpoint
+from fettle.models.config_file import context_length
 from fettle.models.loading import LoadedModel
 from fettle.models.loading import load as load_model
 from fettle.models.source import resolve
@@ -42,7 +43,6 @@ from fettle.pipeline.recipe import Recipe, load_recipe
 from fettle.pipeline.run import (
     MARKER,
     Run,
-    calibration_summary,
     check_device,
     marker,
     monotonic_seconds,
@@ -50,10 +50,11 @@ from fettle.pipeline.run import (
     refuse_inside,
     require_context,
     stop_on_signals,
-    versions,
     write_model,
 )
+from fettle.pipeline.summary import read_summary, summarize
 from fettle.progress import Progress, Silent
+from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
 EVALUATION_TOKENS = 16_384  # what `compress` measures itself on
@@ -113,17 +114,20 @@ def compress(
     progress, output, started = progress or Silent(), Path(output), time.monotonic()
     restart_peak()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if report is not None:
+        require_writable(Path(report))
     with stop_on_signals(output):
         run = prepare(model, chosen, device=device, threads=threads, generic=generic)
         refuse_inside(run.checkpoint.folder, output)
+        _refuse_what_would_fail_later(run, evaluate, prompt)
         with Journal.open(output, run.identity, fresh=fresh) as journal:
             summary_path = run_folder(output) / "summary.json"
             report_path = Path(report) if report is not None else run_folder(output) / "report.html"
             before = _finished(run, output, journal, summary_path)
             summary = copy.deepcopy(before) or _compressed(run, output, journal, progress, started)
             summary.setdefault("command", command or "")  # the library cannot know of one that does the same
-            if summary["evaluation"] is None and (evaluate or before is None):
-                summary["evaluation"] = _measure(run, output, evaluate, progress)
+            if summary["evaluation"] is None and (evaluate or before is None) and _is_measured(run, evaluate):
+                summary["evaluation"] = _measure(run, output, progress)
             if prompt is not None and [pair["prompt"] for pair in summary["completions"]] != [prompt]:
                 summary["completions"] = _completions(run, output, prompt)
             evaluation = Evaluation.from_json(summary["evaluation"]) if summary["evaluation"] else None
@@ -221,12 +225,18 @@ def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:
 
 def _finished(run: Run, output: Path, journal: Journal, summary_path: Path) -> dict[str, Any] | None:
     """The summary of a run that left nothing to do; None where something is missing."""
-    if not (output / MARKER).exists() or not summary_path.exists():
+    if not all(_is_json(path) for path in (output / MARKER, output / "config.json", output / INDEX)):
         return None
-    if len(journal.records(output)) < len(run.layout.units):
+    if len(journal.records(output)) < len(run.layout.units) or not summary_path.exists():
         return None
-    summary: dict[str, Any] = json.loads(summary_path.read_text(encoding="utf-8"))
-    return summary
+    return read_summary(summary_path)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _compressed(run: Run, output: Path, journal: Journal, progress: Progress, started: float) -> dict[str, Any]:
@@ -234,23 +244,54 @@ def _compressed(run: Run, output: Path, journal: Journal, progress: Progress, st
     earlier = sum(record.seconds for record in journal.records(output))  # what a stopped run spent already
     write_model(run, output, journal, progress)
     return {
-        **_summary(run, output, journal),
+        **summarize(run, output, journal),
         "seconds": earlier + monotonic_seconds(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
-def _measure(run: Run, output: Path, wanted: bool | None, progress: Progress) -> dict[str, Any] | None:
-    folder = run.checkpoint.folder
+def _refuse_what_would_fail_later(run: Run, evaluate: bool | None, prompt: str | None) -> None:
+    """Raises UsageError, naming the base, for a measurement or a completion that cannot be: before hours of work."""
+    folder, anatomy = run.checkpoint.folder, run.anatomy
+    if prompt is not None:
+        if anatomy.causal and anatomy.head is None and not run.identity["generic"]:
+            raise UsageError(f"{run.asked} has no language-model head: it cannot complete a prompt; leave it out")
+        context = context_length(run.checkpoint.config)
+        checked_prompt(run.asked, anatomy, load_tokenizer(folder), context, prompt)
+    if not _is_measured(run, evaluate):
+        return
     tokenizer = load_tokenizer(folder)
-    if wanted is False or (tokenizer is None and wanted is None):
-        return None
+    if tokenizer is None or anatomy.embedding is None:
+        lack = "tokenizer files" if tokenizer is None else "embedding that fettle can find"
+        raise UsageError(
+            f"{run.asked} has no {lack}, and a model is measured on a text's tokens; give a base that has, or use "
+            "--no-evaluate"
+        )
+    text = read_text(None, variant="heldout")
+    ids = torch.cat(evaluation_windows(tokenizer, text, length=_length(run), max_tokens=EVALUATION_TOKENS).ids)
+    try:
+        anatomy.require_rows(int(ids.min()), int(ids.max()))
+    except UsageError as error:
+        raise UsageError(f"{run.asked} cannot be measured: {error} Use --no-evaluate") from error
+
+
+def _is_measured(run: Run, wanted: bool | None) -> bool:
+    """Whether `compress` measures what it wrote: as asked, and unasked where it can and takes under about a minute."""
+    if wanted is not None:
+        return wanted
+    if not has_tokenizer(run.checkpoint.folder) or run.anatomy.embedding is None:
+        return False
     parameters = sum(math.prod(entry.shape) for entry in run.checkpoint.entries.values())
-    if wanted is None and 2 * 2 * parameters * EVALUATION_TOKENS > AFFORDABLE_FLOPS:
-        return None
-    length = min(512, context_length(run.checkpoint.config) or 512)
+    return 2 * 2 * parameters * EVALUATION_TOKENS <= AFFORDABLE_FLOPS
+
+
+def _length(run: Run) -> int:
+    return min(512, context_length(run.checkpoint.config) or 512)
+
+
+def _measure(run: Run, output: Path, progress: Progress) -> dict[str, Any]:
     measured = evaluate(
-        output, reference=folder, length=length, max_tokens=EVALUATION_TOKENS, device=run.device,
+        output, reference=run.checkpoint.folder, length=_length(run), max_tokens=EVALUATION_TOKENS, device=run.device,
         threads=run.workers.threads, generic=run.identity["generic"], progress=progress,
     )  # fmt: skip
     return measured.to_json()
@@ -275,30 +316,6 @@ def _completions(run: Run, output: Path, prompt: str) -> list[dict[str, str]]:
         for folder in (run.checkpoint.folder, output)
     )
     return [{"prompt": prompt, "original": original, "compressed": compressed}]
-
-
-def _summary(run: Run, output: Path, journal: Journal) -> dict[str, Any]:
-    records = journal.records(output)
-    base_bytes = sum((run.checkpoint.folder / shard).stat().st_size for shard in run.checkpoint.shards)
-    return {
-        "schema": 1,
-        "kind": "compression",
-        "model": run.model,
-        "base": {"name": run.model, "bytes": base_bytes, "hashes": run.identity["model"]},
-        "output": {
-            "folder": str(output),
-            "bytes": sum(record.bytes for record in records),
-            "hashes": {record.shard: record.sha256 for record in records},
-        },
-        "recipe": run.recipe.to_dict(),
-        "recipe_yaml": run.recipe.to_yaml(),
-        "asked": run.asked,
-        "calibration": calibration_summary(run),
-        "ledger": [line for record in records for line in record.ledger],
-        "versions": versions(),
-        "evaluation": None,
-        "completions": [],
-    }
 
 
 def _write_page(summary: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from fettle.cli.main import main
+from fettle.errors import ResourceError
 
 SMALL = ["--windows", "8", "--length", "64"]
 
@@ -143,11 +145,54 @@ def test_the_model_against_itself_loses_nothing(
         (["--reference", "x", "--max-kl", "-1"], "it must be 0 or more"),
         (["--report", "a.html", "--no-report"], "exclude each other"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--text", "~nosuch/x"], "~nosuch/x"),
+        (["--report", "/dev/full"], "/dev/full"),
+        (["--report", "."], "it is a folder"),
     ],
 )
 def test_evaluate_refuses(tiny_llama: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tiny_llama), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_numbers_are_printed_whatever_becomes_of_the_page(
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(path: Path, documents: object) -> None:
+        raise ResourceError(f"no room for the page {path}")
+
+    monkeypatch.setattr("fettle.cli.evaluate.write_report", failing)
+    flags = ["--text", str(text_file), "--length", "64", "--max-tokens", "256", "--report", str(tmp_path / "page.html")]
+    assert main(["evaluate", str(tiny_llama), *flags, "--json"]) == 3
+    said = capsys.readouterr()
+    assert json.loads(said.out)["perplexity"] > 1 and json.loads(said.out)["report"] is None
+    assert "no room for the page" in said.err
+
+
+@pytest.mark.parametrize("where", ["/dev/full", ".", "/proc/nowhere/page.html"])
+def test_a_page_that_cannot_be_is_told_before_the_work(
+    tiny_llama: Path, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method", "round_to_nearest", "--report", where]
+    assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert f"the page {where} cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_from_standard_input_is_utf8(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(compressed), "-", "--max-new-tokens", "1"]
+    for raw, code in ((b"def fox", 0), (b"def \xff", 2)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+        assert main(arguments) == code
+    assert "byte 4 is 0xff" in capsys.readouterr().err
+    assert main(["generate", str(compressed), "def \udcff"]) == 2
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_generate_streams_what_json_holds(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +246,14 @@ def test_report_takes_folders_and_json(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "No such file"), ("{", "is no JSON"), ('{"a": 1}', "is no result of fettle"), ("[]", "is no result")],
+    [
+        (None, "No such file"),
+        ('{"schema": 1, "kind": "evaluation", "evaluation": 5}', "is no result"),
+        ("[" * 100_000, "is no JSON"),
+        ("{", "is no JSON"),
+        ('{"a": 1}', "is no result of fettle"),
+        ("[]", "is no result"),
+    ],
 )
 def test_report_refuses_what_is_no_result(
     content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

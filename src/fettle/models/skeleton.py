@@ -121,12 +121,7 @@ class Skeleton:
             raise UsageError(
                 "this model has no embedding that fettle can find; --generic cannot run it, only inspect it."
             )
-        last = int(used[-1])
-        if last >= linear.shape[0] or int(used[0]) < 0:
-            raise UsageError(
-                f"token id {last} is outside the embedding of {linear.shape[0]} rows; the tokenizer is of another "
-                "model."
-            )
+        self.anatomy.require_rows(int(used[0]), int(used[-1]))
         whole = self._replaced.get(linear.weight_name, self._embedding_table)
         if whole is None and linear.name in self.stored:
             whole = self._embedding_table = self._read(linear)
