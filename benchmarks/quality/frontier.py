@@ -72,12 +72,8 @@ def each_width(label: str, group_size: int, **options: Any) -> list[Variant]:
 
 
 def llama_types(**types: tuple[str, ...]) -> list[Variant]:
-    """One variant a type of llama.cpp; keywords are w2, w3 …"""
-    return [
-        Variant(name, int(width[1:]), 256 if "K" in name or name not in ("Q4_0", "Q4_1", "IQ4_NL", "Q8_0") else 32,
-                {"type": name})
-        for width, names in types.items() for name in names
-    ]  # fmt: skip
+    """One variant a type or mix of llama.cpp; keywords are w2, w3 … Its script pads rows itself."""
+    return [Variant(name, int(width[1:]), 1, {"type": name}) for width, names in types.items() for name in names]
 
 
 PEERS: dict[str, list[Variant]] = {
@@ -86,8 +82,8 @@ PEERS: dict[str, list[Variant]] = {
     "gptqmodel": [*each_width("g32", 32), *each_width("g32 act-order", 32, desc_act=True)],
     "llmcompressor": [*each_width("gptq g32", 32), *each_width("awq g32", 32, awq=True)],
     "llamacpp": llama_types(
-        w2=("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K"), w3=("IQ3_XXS", "IQ3_S", "Q3_K"),
-        w4=("IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K"), w8=("Q8_0",),
+        w2=("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K_pure", "Q2_K"), w3=("IQ3_XXS", "IQ3_S", "Q3_K", "Q3_K_M"),
+        w4=("IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K", "Q4_K_M"), w8=("Q8_0",),
     ),
 }  # fmt: skip
 
@@ -228,15 +224,15 @@ def read_results(path: Path) -> dict[str, Row]:
     return rows
 
 
-def run_all(bench: Bench, results: Path, again: list[str], timid: bool) -> list[Row]:
+def run_all(bench: Bench, args: argparse.Namespace) -> list[Row]:
     """Measures what is not measured yet; every row of this run's contenders."""
+    results: Path = args.results
     known, rows = read_results(results), []
     results.parent.mkdir(parents=True, exist_ok=True)
     for contender in bench.contenders():
         row = known.get(contender.key)
-        if row is None or any(part in contender.method for part in again):
-            if timid:
-                continue
+        wanted = not args.table and any(part in contender.method for part in args.only or [""])
+        if wanted and (row is None or any(part in contender.method for part in args.again)):
             try:
                 measured = contender.measure()
             except RuntimeError as error:
@@ -247,7 +243,8 @@ def run_all(bench: Bench, results: Path, again: list[str], timid: bool) -> list[
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-        rows.append(row | {"method": contender.method})
+        if row is not None:
+            rows.append(row | {"method": contender.method})
     return rows
 
 
@@ -275,6 +272,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="name=python of its virtual environment")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("build/frontier/results.jsonl"))
+    parser.add_argument("--only", action="append", default=[], help="measure only methods with this in their name")
     parser.add_argument("--again", action="append", default=[], help="measure methods with this in their name again")
     parser.add_argument("--table", action="store_true", help="measure nothing: show what is known already")
     args = parser.parse_args()
@@ -284,7 +282,7 @@ def main() -> None:
         setattr(args, name, str(Path(value).absolute()) if value else None)
     torch.set_num_threads(args.threads)
     bench = Bench(args)
-    rows = run_all(bench, args.results, args.again, args.table)
+    rows = run_all(bench, args)
     rows.sort(key=lambda row: (row["width"], row["bits_per_weight"]))
     frontier_page.print_table(rows)
     page = args.results.parent / f"{bench.name}.html"

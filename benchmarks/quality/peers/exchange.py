@@ -5,7 +5,8 @@ The scripts are called peer_NAME.py because a script's own folder comes first in
 
 Bits are counted in two ways:
 
-    bits_per_weight         codes, scales, codebooks, and zero points where they differ at all, each as wide as it is
+    bits_per_weight         codes, scales, codebooks, and zero points where they differ at all, each as wide as it is;
+                            group indices where groups are not of neighbours, at the least that they need
     stored_bits_per_weight  every tensor that the peer's own writer put into its files for the linears, with the words
                             that do not fill up, group indices and constant zero points; null where it wrote none
 
@@ -168,22 +169,26 @@ def unpack_words(words: torch.Tensor, bits: int, count: int, dim: int) -> torch.
     return (single << torch.arange(bits)).sum(-1).movedim(-1, dim)
 
 
-def gptq_weights(folder: Path, job: Job, *, zero_offset: int) -> tuple[dict[str, torch.Tensor], bool]:
-    """Dequantized weights of a folder in the GPTQ format, and whether any zero point differs from the others.
+def gptq_weights(folder: Path, job: Job, *, zero_offset: int) -> tuple[dict[str, torch.Tensor], bool, float]:
+    """Dequantized weights of a folder in the GPTQ format; whether any zero point differs from the others; and the bits
+    a weight that group indices would cost at their least, where columns of a group are not neighbours.
 
     `zero_offset`: 1 for the format's first version, which stores zero points less one.
     """
     tensors = read_tensors(folder)
     weights: dict[str, torch.Tensor] = {}
-    differ = False
-    for name in linear_shapes(job.original):
+    differ, index_bits, count = False, 0, 0
+    for name, shape in linear_shapes(job.original).items():
         module = name.removesuffix(".weight")
         scale = tensors[f"{module}.scales"].float()
         index = tensors[f"{module}.g_idx"].long()
         columns, rows = len(index), scale.shape[1]
         codes = unpack_words(tensors[f"{module}.qweight"], job.bits, columns, 0)
         zeros = unpack_words(tensors[f"{module}.qzeros"], job.bits, rows, 1)
+        count += math.prod(shape)
+        if not torch.equal(index, torch.arange(columns) // job.group_size):
+            index_bits += shape[1] * math.ceil(math.log2(scale.shape[0]))
         differ = differ or bool((zeros != zeros.flatten()[0]).any())
         zeros = (zeros + zero_offset) & (2**job.bits - 1) if zero_offset else zeros
         weights[name] = ((codes - zeros[index]) * scale[index]).T
-    return weights, differ
+    return weights, differ, index_bits / count

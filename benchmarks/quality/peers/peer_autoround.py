@@ -29,9 +29,9 @@ def compress(job: Job) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         rounding.quantize_and_save(folder, format="auto_gptq")
         written = next(path.parent for path in sorted(Path(folder).rglob("*.safetensors")))
-        weights, differ = gptq_weights(written, job, zero_offset=1)
+        weights, differ, index_bits = gptq_weights(written, job, zero_offset=1)
         stored = stored_bits(job, written)
-    bits = uniform_bits(job, scale_bits=16, zero_bits=job.bits if differ else 0)
+    bits = uniform_bits(job, scale_bits=16, zero_bits=job.bits if differ else 0) + index_bits
     kind = "symmetric" if symmetric else "asymmetric"
     return Outcome(weights, bits, f"int{job.bits}, group {job.group_size}, {kind}, 200 steps", stored)
 

@@ -29,7 +29,10 @@ def modifiers(job: Job) -> list[Any]:
     if not job.options.get("awq"):
         return [GPTQModifier(**settings)]
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    if not torch.accelerator.is_available():  # 0.14 pins memory all the same, which torch refuses
+        IntermediatesCache.pin_memory = lambda self, index: None
     return [AWQModifier(duo_scaling="both"), QuantizationModifier(**settings)]
 
 
