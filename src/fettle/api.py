@@ -1,5 +1,5 @@
-"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the two that look first: `plan`,
-`inspect`.
+"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the three that look first: `plan`,
+`inspect`, `diagnose`.
 
 import fettle
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,23 @@ from typing import Any
 import torch
 
 from fettle.data.tokenizer import load_tokenizer
-from fettle.data.windows import evaluation_windows, read_text
+from fettle.data.windows import calibration_windows, evaluation_windows, read_text
+from fettle.diagnose.candidates import as_candidates, default_methods
+from fettle.diagnose.diagnosis import diagnose as diagnose_original
+from fettle.diagnose.original import Original
+from fettle.diagnose.words import in_words
 from fettle.engine.completion import complete
 from fettle.errors import UsageError, unknown_word
-from fettle.evaluate.memory import peak_memory_bytes
+from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
+from fettle.methods.protocols import MatrixMethod
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel
 from fettle.models.loading import load as load_model
 from fettle.models.source import resolve
+from fettle.models.storage import stored_schemes
 from fettle.models.writer import write_json, write_text
 from fettle.pipeline.card import model_card
 from fettle.pipeline.journal import Journal, run_folder
@@ -41,6 +48,7 @@ from fettle.pipeline.run import (
     Run,
     calibration_summary,
     check_device,
+    display_name,
     marker,
     monotonic_seconds,
     prepare,
@@ -51,6 +59,7 @@ from fettle.pipeline.run import (
 )
 from fettle.progress import Progress, Silent
 from fettle.report.page import write_report
+from fettle.workers import Workers
 
 EVALUATION_TOKENS = 16_384  # what `compress` measures itself on
 AFFORDABLE_FLOPS = 2e12  # and the work up to which it does so unasked: under a minute on two cores
@@ -175,6 +184,85 @@ def evaluate(
     return evaluate_streaming(
         folder, base, windows, device=device, threads=threads, generic=generic, progress=progress or Silent()
     )
+
+
+def diagnose(
+    model: str | Path,
+    *,
+    candidates: Sequence[MatrixMethod | str | Mapping[str, Any]] | None = None,
+    sample: int | None = None,
+    text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    windows: int = 32,
+    length: int = 256,
+    max_tokens: int = 2048,
+    draws: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Shows where a model is sensitive: what each linear costs in each scheme, measured and estimated, and why.
+
+    Returns plain data, as `fettle diagnose --json` prints it (`docs/json.md`); `words` is the paragraph to begin with.
+
+    Args:
+        model: a local folder, a hub id, or "demo"; not compressed, with a language-model head.
+        candidates: methods, texts such as "gptq bits=3 group_size=64", or a recipe's steps; None: round_to_nearest and
+            gptq with 2, 3, 4 and 8 bits.
+        sample: how many linears are measured exactly, drawn by `seed`; None: all. Estimates cover all.
+        text: what the KL is measured on, a UTF-8 file; None: the embedded held-out text.
+        calibration: what the candidates' methods look at; None: the embedded calibration text.
+        windows: how many windows of calibration.
+        length: tokens a window, of both texts.
+        max_tokens: how much of `text` is used.
+        draws: how often labels are drawn for the estimate.
+        seed: for windows, labels and the sample.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: how many to use; no figure depends on it.
+        generic: treat every linear of an unknown architecture alike.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: a compressed model, one without tokenizer or head, or a number that cannot be.
+    """
+    check_device(device)
+    started, folder = time.monotonic(), resolve(model)
+    for name, value, least in (("sample", sample, 1), ("draws", draws, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}; it must be at least {least}")
+    restart_peak()
+    checkpoint = Checkpoint.open(folder)
+    anatomy = read_anatomy(checkpoint, generic=generic)
+    if stored_schemes(checkpoint, anatomy):
+        raise UsageError(f"{model} is compressed already; diagnose the model that it was made from")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
+    chosen = as_candidates(candidates or default_methods(), str(checkpoint.dtype).removeprefix("torch."))
+    length = min(length, int(checkpoint.config.get("max_position_embeddings") or length))
+    held = evaluation_windows(tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens)
+    seen = calibration_windows(tokenizer, read_text(calibration), windows=windows, length=length, seed=seed)
+    with Workers(threads) as workers, torch.no_grad():
+        original = Original(checkpoint, anatomy, held, device=device, workers=workers, seed=seed, draws=draws)
+        found = diagnose_original(original, seen, chosen, sample=sample, seed=seed, progress=progress)
+        hashes = checkpoint.file_hashes()
+    return {
+        "schema": 1,
+        "kind": "diagnosis",
+        "model": display_name(model),
+        "words": in_words(found),
+        **found.to_json(),
+        "text": {"source": held.source, "sha256": held.sha256, "note": held.note, "window_tokens": length},
+        "calibration": {"source": seen.source, "sha256": seen.sha256, "note": seen.note, "windows": len(seen.ids)},
+        "seed": seed,
+        "draws": draws,
+        "hashes": hashes,
+        "versions": versions(),
+        "seconds": monotonic_seconds(started),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
 def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
