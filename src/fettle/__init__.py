@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"]
+__all__ = ["Budget", "__version__", "compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"]
 
 if TYPE_CHECKING:
     from fettle.api import compress, diagnose, evaluate, generate, inspect, load, plan
+    from fettle.search.budget import Budget
 
 
 _CALLS = frozenset(__all__) - {"__version__"}

@@ -20,11 +20,8 @@ from typing import Any
 import torch
 
 from fettle.data.tokenizer import load_tokenizer
-from fettle.data.windows import calibration_windows, evaluation_windows, read_text
-from fettle.diagnose.candidates import as_candidates, default_methods
-from fettle.diagnose.diagnosis import diagnose as diagnose_original
-from fettle.diagnose.original import Original
-from fettle.diagnose.words import in_words
+from fettle.data.windows import evaluation_windows, read_text
+from fettle.diagnose.model import DiagnosisOptions, diagnose_folder
 from fettle.engine.completion import complete
 from fettle.errors import UsageError, unknown_word
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
@@ -36,7 +33,6 @@ from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel
 from fettle.models.loading import load as load_model
 from fettle.models.source import resolve
-from fettle.models.storage import stored_schemes
 from fettle.models.writer import write_json, write_text
 from fettle.pipeline.card import model_card
 from fettle.pipeline.journal import Journal, run_folder
@@ -59,7 +55,8 @@ from fettle.pipeline.run import (
 )
 from fettle.progress import Progress, Silent
 from fettle.report.page import write_report
-from fettle.workers import Workers
+from fettle.search.budget import Budget
+from fettle.search.choose import Choice, choose, probe_run
 
 EVALUATION_TOKENS = 16_384  # what `compress` measures itself on
 AFFORDABLE_FLOPS = 2e12  # and the work up to which it does so unasked: under a minute on two cores
@@ -88,6 +85,7 @@ def compress(
     fresh: bool = False,
     evaluate: bool | None = None,
     generic: bool = False,
+    budget: Budget | None = None,
     report: str | Path | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -107,6 +105,8 @@ def compress(
         fresh: start over instead of resuming.
         evaluate: measure the written files; None: where that takes under about a minute.
         generic: treat every linear of an unknown architecture alike.
+        budget: how small it has to be; each linear then gets the scheme with which the whole keeps most, and only the
+            calibration of `recipe` is used.
         report: where the page goes; None: `OUTPUT.run/report.html`.
         progress: told how far it is.
         command: the command that reproduces this, for the page.
@@ -118,6 +118,11 @@ def compress(
     progress, output, started = progress or Silent(), Path(output), time.monotonic()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with stop_on_signals(output):
+        choice = None
+        if budget is not None:
+            probe = probe_run(model, budget, chosen.calibration, device=device, threads=threads, generic=generic)
+            choice = choose(probe, output, budget, fresh=fresh, progress=progress)
+            chosen = choice.recipe
         run = prepare(model, chosen, device=device, threads=threads, generic=generic)
         refuse_inside(run.checkpoint.folder, output)
         with Journal.open(output, run.identity, fresh=fresh) as journal:
@@ -131,6 +136,8 @@ def compress(
             completions = _completions(run, output, prompt)
             summary = _summary(run, output, journal, evaluation, completions, command)
             summary |= {"seconds": compress_seconds, "peak_memory_bytes": compress_peak}
+            if choice is not None:
+                summary["budget"] = choice.figures | {"written_kl": _sample_kl(run, output, choice, evaluation)}
             report_path = Path(report) if report is not None else run_folder(output) / "report.html"
             _write_page(summary, report_path)
             write_json(summary_path, summary)
@@ -228,41 +235,17 @@ def diagnose(
         UsageError: a compressed model, one without tokenizer or head, or a number that cannot be.
     """
     check_device(device)
-    started, folder = time.monotonic(), resolve(model)
-    for name, value, least in (("sample", sample, 1), ("draws", draws, 1), ("seed", seed, 0)):
-        if value is not None and value < least:
-            raise UsageError(f"{name} is {value}; it must be at least {least}")
+    started = time.monotonic()
     restart_peak()
-    checkpoint = Checkpoint.open(folder)
-    anatomy = read_anatomy(checkpoint, generic=generic)
-    if stored_schemes(checkpoint, anatomy):
-        raise UsageError(f"{model} is compressed already; diagnose the model that it was made from")
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
-    chosen = as_candidates(candidates or default_methods(), str(checkpoint.dtype).removeprefix("torch."))
-    length = min(length, int(checkpoint.config.get("max_position_embeddings") or length))
-    held = evaluation_windows(tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens)
-    seen = calibration_windows(tokenizer, read_text(calibration), windows=windows, length=length, seed=seed)
-    with Workers(threads) as workers, torch.no_grad():
-        original = Original(checkpoint, anatomy, held, device=device, workers=workers, seed=seed, draws=draws)
-        found = diagnose_original(original, seen, chosen, sample=sample, seed=seed, progress=progress)
-        hashes = checkpoint.file_hashes()
+    options = DiagnosisOptions(
+        candidates=candidates, sample=sample, text=text, calibration=calibration, windows=windows, length=length,
+        max_tokens=max_tokens, draws=draws, seed=seed,
+    )  # fmt: skip
+    found = diagnose_folder(resolve(model), options, device=device, threads=threads, generic=generic, progress=progress)
     return {
-        "schema": 1,
-        "kind": "diagnosis",
-        "model": display_name(model),
-        "words": in_words(found),
-        **found.to_json(),
-        "text": {"source": held.source, "sha256": held.sha256, "note": held.note, "window_tokens": length},
-        "calibration": {"source": seen.source, "sha256": seen.sha256, "note": seen.note, "windows": len(seen.ids)},
-        "seed": seed,
-        "draws": draws,
-        "hashes": hashes,
-        "versions": versions(),
-        "seconds": monotonic_seconds(started),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+        "schema": 1, "kind": "diagnosis", "model": display_name(model), **found, "versions": versions(),
+        "seconds": monotonic_seconds(started), "peak_memory_bytes": peak_memory_bytes(),
+    }  # fmt: skip
 
 
 def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
@@ -311,6 +294,17 @@ def _measure(run: Run, output: Path, wanted: bool | None, progress: Progress) ->
         output, reference=folder, length=length, max_tokens=EVALUATION_TOKENS, device=run.device,
         threads=run.workers.threads, generic=run.identity["generic"], progress=progress,
     )  # fmt: skip
+
+
+def _sample_kl(run: Run, output: Path, choice: Choice, evaluation: Evaluation | None) -> float | None:
+    """KL of the written files on the text that the prediction was made for; None where nothing was to be measured."""
+    if evaluation is None:
+        return None
+    measured = evaluate_streaming(
+        output, run.checkpoint.folder, choice.sample, device=run.device, threads=run.workers.threads,
+        generic=run.identity["generic"],
+    )  # fmt: skip
+    return measured.kl_mean
 
 
 def _write_card_and_marker(run: Run, output: Path, journal: Journal, evaluation: Evaluation | None) -> None:
