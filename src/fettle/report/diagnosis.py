@@ -59,7 +59,7 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "roles": _by_role(chosen, facts),
         "agreement": _points(effects, "kl_estimate", "second-order estimate, nats a token"),
-        "gram_agreement": _points(effects, "gram_estimate", "gram estimate"),
+        "gram_agreement": _points(effects, "gram_estimate", "gram estimate", same_unit=False),
         "together": _depth(document["depth"], "compressed_inputs", "What has come together"),
         "alone": _depth(document["depth"], "original_inputs", "What each block adds"),
         "depth": document["depth"],
@@ -106,12 +106,12 @@ def _by_role(effects: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> 
     return Markup(rows(ordered, title="KL by role", unit="nats a token, sum of each alone", description=described))
 
 
-def _points(effects: Sequence[Mapping[str, Any]], key: str, across: str) -> Markup:
+def _points(effects: Sequence[Mapping[str, Any]], key: str, across: str, *, same_unit: bool = True) -> Markup:
     pairs = [(f"{e['linear']}, {e['candidate']}", e[key], e["kl"]) for e in effects if e["kl"] is not None]
     return Markup(
         points(
             pairs, title="Estimated and measured", across=across, up="measured KL",
-            description=f"{len(pairs)} pairs of linear and candidate, logarithmic axes; the line is where both agree.",
+            description=f"{len(pairs)} pairs of linear and candidate on logarithmic axes.", same_unit=same_unit,
         )
     )  # fmt: skip
 
