@@ -123,6 +123,7 @@ def compress(
             probe = probe_run(model, budget, chosen.calibration, device=device, threads=threads, generic=generic)
             choice = choose(probe, output, budget, fresh=fresh, progress=progress)
             chosen = choice.recipe
+            command = command or f"fettle compress {display_name(model)} -o {output.name} {budget.flags()}"
         run = prepare(model, chosen, device=device, threads=threads, generic=generic)
         refuse_inside(run.checkpoint.folder, output)
         with Journal.open(output, run.identity, fresh=fresh) as journal:

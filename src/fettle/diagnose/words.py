@@ -29,7 +29,7 @@ def in_words(found: Diagnosis) -> str:
         f"With {label}, each linear alone, the KLs of all {len(effects)} linears add up to {total:.3g} nats a token "
         f"({_how(found)}); together they cost {_together(found, label):.3g}.",
         f"Keep high: {_list([_reason(effect, effects, facts[effect.linear], total) for effect in top])}. "
-        f"These {count} of {len(effects)} linears carry {share:.0%} of it.",
+        f"That is {share:.0%} of the KL in {count} of {len(effects)} linears.",
         f"For its size the role {role} costs most, {role_share:.0%} of the KL on {role_weight:.0%} of the weights; of "
         f"the blocks it is block {block}, {block_share:.0%} on {block_weight:.0%}.",
         f"Lowest risk: {_list([f'{e.linear} ({e.best_kl:.2g})' for e in effects[::-1][:count]])}.",

@@ -76,7 +76,7 @@ def choose(probe: Run, output: Path, budget: Budget, *, fresh: bool, progress: P
         _open(folder, _identity(probe, budget, candidates), fresh=fresh)
         if not (folder / CHOSEN).exists():
             write_json(folder / CHOSEN, _search(probe, problem, budget, sample, folder, progress))
-            drop_codes(folder)
+        drop_codes(folder)  # also what a kill behind the line above left
     found = json.loads((folder / CHOSEN).read_text(encoding="utf-8"))
     recipe = parse_recipe(found["recipe"], str(folder / CHOSEN))
     recipe = replace(recipe, calibration=replace(recipe.calibration, text=calibration.text))
@@ -140,8 +140,10 @@ def _sample(probe: Run, calibration: CalibrationOptions) -> Windows:
             "compress with a recipe"
         )
     text = probe.text or read_text(calibration.text)
-    count = max(1, SAMPLE_TOKENS // calibration.length)
-    return calibration_windows(tokenizer, text, windows=count, length=calibration.length, seed=calibration.seed + 1)
+    context = probe.checkpoint.config.get("max_position_embeddings")
+    length = min(calibration.length, context) if isinstance(context, int) else calibration.length
+    count = max(1, SAMPLE_TOKENS // length)
+    return calibration_windows(tokenizer, text, windows=count, length=length, seed=calibration.seed + 1)
 
 
 def _identity(probe: Run, budget: Budget, candidates: tuple[Candidate, ...]) -> dict[str, Any]:
