@@ -89,7 +89,7 @@ def _agreement(found: Diagnosis) -> str:
         return ""
     return (
         f"On the {found.measured_linears} measured linears the second-order estimate ranks as the measurement does by "
-        f"{ranks[0]:.2f}, the gram estimate by {ranks[1]:.2f} (1 is the same order)."
+        f"{ranks[0]:.3f}, the gram estimate by {ranks[1]:.3f} (1 is the same order)."
     )
 
 
