@@ -55,11 +55,10 @@ def contenders(args: argparse.Namespace, output: Path) -> dict[str, list[str]]:
     }
     for peer in args.peer:
         name, _, python = peer.partition("=")
-        script = PEERS / f"{name}.py"
+        script = PEERS / f"peer_{name}.py"  # another name than the package that it imports
         if not script.exists() or not Path(python).exists():
-            sys.exit(
-                f"error: --peer {peer}: allowed names: {', '.join(p.stem for p in PEERS.glob('*.py'))}; then = and a Python"  # noqa: E501
-            )
+            allowed = ", ".join(path.stem.removeprefix("peer_") for path in PEERS.glob("*.py"))
+            sys.exit(f"error: --peer {peer}: allowed names: {allowed}; then = and a Python")
         found[name] = [
             python,
             str(script),

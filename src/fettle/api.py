@@ -9,8 +9,11 @@ print(result.evaluation.kl_mean, fettle.generate("demo-4bit", "def add(a, b):"))
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.protocols import MatrixMethod
 from fettle.models.anatomy import read_anatomy
-from fettle.models.checkpoint import Checkpoint
+from fettle.models.checkpoint import Checkpoint, context_length
 from fettle.models.loading import LoadedModel
 from fettle.models.loading import load as load_model
 from fettle.models.source import resolve
@@ -49,6 +52,7 @@ from fettle.pipeline.run import (
     monotonic_seconds,
     prepare,
     refuse_inside,
+    require_context,
     stop_on_signals,
     versions,
     write_model,
@@ -116,6 +120,7 @@ def compress(
         UsageError, ModelError, ResourceError, InterruptedRunError: see `fettle.errors`.
     """
     progress, output, started = progress or Silent(), Path(output), time.monotonic()
+    restart_peak()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with stop_on_signals(output):
         choice = None
@@ -123,27 +128,30 @@ def compress(
             probe = probe_run(model, budget, chosen.calibration, device=device, threads=threads, generic=generic)
             choice = choose(probe, output, budget, fresh=fresh, progress=progress)
             chosen = choice.recipe
-            command = command or f"fettle compress {display_name(model)} -o {output.name} {budget.flags()}"
         run = prepare(model, chosen, device=device, threads=threads, generic=generic)
         refuse_inside(run.checkpoint.folder, output)
         with Journal.open(output, run.identity, fresh=fresh) as journal:
             summary_path = run_folder(output) / "summary.json"
-            if (output / MARKER).exists() and summary_path.exists():
-                return _finished(output, summary_path)
-            write_model(run, output, journal, progress)
-            compress_seconds = monotonic_seconds(started)
-            compress_peak = peak_memory_bytes()
-            evaluation = _measure(run, output, evaluate, progress)
-            completions = _completions(run, output, prompt)
-            summary = _summary(run, output, journal, evaluation, completions, command)
-            summary |= {"seconds": compress_seconds, "peak_memory_bytes": compress_peak}
-            if choice is not None:
-                summary["budget"] = choice.figures | {"written_kl": _sample_kl(run, output, choice, evaluation)}
             report_path = Path(report) if report is not None else run_folder(output) / "report.html"
+            before = _finished(run, output, journal, summary_path)
+            summary = copy.deepcopy(before) or _compressed(run, output, journal, progress, started)
+            summary.setdefault("command", command or "")  # the library cannot know of one that does the same
+            if summary["evaluation"] is None and (evaluate or before is None):
+                summary["evaluation"] = _measure(run, output, evaluate, progress)
+            if prompt is not None and [pair["prompt"] for pair in summary["completions"]] != [prompt]:
+                summary["completions"] = _completions(run, output, prompt)
+            if choice is not None:
+                summary["budget"] = summary.get("budget") or {**choice.figures, "written_kl": None}
+                if summary["evaluation"] and summary["budget"]["written_kl"] is None:
+                    summary["budget"]["written_kl"] = _sample_kl(run, output, choice)
+            evaluation = Evaluation.from_json(summary["evaluation"]) if summary["evaluation"] else None
             _write_page(summary, report_path)
-            write_json(summary_path, summary)
-            _write_card_and_marker(run, output, journal, evaluation)
-    return Compression(folder=output, evaluation=evaluation, summary=summary, report_path=report_path)
+            if summary != before:
+                write_json(summary_path, summary)
+                _write_card_and_marker(run, output, journal, evaluation)
+    return Compression(
+        folder=output, evaluation=evaluation, summary=summary, report_path=report_path, resumed_whole=before is not None
+    )
 
 
 def plan(
@@ -158,7 +166,7 @@ def plan(
     """Predicts bytes (exactly), peak memory and time, and sends one block through the whole path, save included."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     run = prepare(model, chosen, device=device, threads=threads, generic=generic)
-    return plan_run(run, progress or Silent())
+    return plan_run(run, progress or Silent(), Path.cwd() if os.access(Path.cwd(), os.W_OK) else None)
 
 
 def evaluate(
@@ -184,6 +192,7 @@ def evaluate(
     """
     check_device(device)
     folder = resolve(model)
+    require_context(Checkpoint.open(folder).config, length, "length")
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
@@ -249,9 +258,9 @@ def diagnose(
     }  # fmt: skip
 
 
-def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
+def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32", generic: bool = False) -> LoadedModel:
     """Loads a model, compressed or not: `.model` (a transformers model), `.tokenizer`, `.anatomy`. Linears stored as
-    codes stay so.
+    codes stay so. `generic` is for an unknown family; a folder that was written so needs no telling.
 
     Raises:
         ModelError: damaged files, or tensors that are not those that fettle wrote.
@@ -259,7 +268,7 @@ def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32") -> L
     check_device(device)
     if dtype not in DTYPES:
         raise UsageError(unknown_word("dtype", str(dtype), DTYPES))
-    return load_model(model, device=device, dtype=DTYPES[dtype])
+    return load_model(model, device=device, dtype=DTYPES[dtype], generic=generic)
 
 
 def generate(
@@ -270,9 +279,10 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
+    generic: bool = False,
 ) -> str:
     """Continues a prompt; returns the new text alone. `temperature` 0 is greedy."""
-    loaded = model if isinstance(model, LoadedModel) else load(model, device=device)
+    loaded = model if isinstance(model, LoadedModel) else load(model, device=device, generic=generic)
     return complete(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
@@ -282,7 +292,28 @@ def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:
     return outline(checkpoint, read_anatomy(checkpoint, generic=generic), str(model))
 
 
-def _measure(run: Run, output: Path, wanted: bool | None, progress: Progress) -> Evaluation | None:
+def _finished(run: Run, output: Path, journal: Journal, summary_path: Path) -> dict[str, Any] | None:
+    """The summary of a run that left nothing to do; None where something is missing."""
+    if not (output / MARKER).exists() or not summary_path.exists():
+        return None
+    if len(journal.records(output)) < len(run.layout.units):
+        return None
+    summary: dict[str, Any] = json.loads(summary_path.read_text(encoding="utf-8"))
+    return summary
+
+
+def _compressed(run: Run, output: Path, journal: Journal, progress: Progress, started: float) -> dict[str, Any]:
+    """Writes what is missing of the model; returns the summary, not measured yet."""
+    earlier = sum(record.seconds for record in journal.records(output))  # what a stopped run spent already
+    write_model(run, output, journal, progress)
+    return {
+        **_summary(run, output, journal),
+        "seconds": earlier + monotonic_seconds(started),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _measure(run: Run, output: Path, wanted: bool | None, progress: Progress) -> dict[str, Any] | None:
     folder = run.checkpoint.folder
     tokenizer = load_tokenizer(folder)
     if wanted is False or (tokenizer is None and wanted is None):
@@ -290,17 +321,16 @@ def _measure(run: Run, output: Path, wanted: bool | None, progress: Progress) ->
     parameters = sum(math.prod(entry.shape) for entry in run.checkpoint.entries.values())
     if wanted is None and 2 * 2 * parameters * EVALUATION_TOKENS > AFFORDABLE_FLOPS:
         return None
-    length = min(512, int(run.checkpoint.config.get("max_position_embeddings") or 512))
-    return evaluate(
+    length = min(512, context_length(run.checkpoint.config) or 512)
+    measured = evaluate(
         output, reference=folder, length=length, max_tokens=EVALUATION_TOKENS, device=run.device,
         threads=run.workers.threads, generic=run.identity["generic"], progress=progress,
     )  # fmt: skip
+    return measured.to_json()
 
 
-def _sample_kl(run: Run, output: Path, choice: Choice, evaluation: Evaluation | None) -> float | None:
-    """KL of the written files on the text that the prediction was made for; None where nothing was to be measured."""
-    if evaluation is None:
-        return None
+def _sample_kl(run: Run, output: Path, choice: Choice) -> float | None:
+    """KL of the written files on the text that the prediction was made for."""
     measured = evaluate_streaming(
         output, run.checkpoint.folder, choice.sample, device=run.device, threads=run.workers.threads,
         generic=run.identity["generic"],
@@ -315,33 +345,21 @@ def _write_card_and_marker(run: Run, output: Path, journal: Journal, evaluation:
     content = marker(run, output, journal, results)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
-    write_text(output / "README.md", model_card(content, run.recipe.to_yaml(), output.name, method))
+    calibration = dataclasses.replace(run.recipe.calibration, text=None)  # its path is nobody else's; the hash stands
+    recipe_yaml = dataclasses.replace(run.recipe, calibration=calibration).to_yaml()
+    write_text(output / "README.md", model_card(content, recipe_yaml, output.name, method))
     write_json(output / MARKER, content)
 
 
-def _finished(output: Path, summary_path: Path) -> Compression:
-    summary = json.loads(summary_path.read_text(encoding="utf-8"))
-    evaluation = Evaluation.from_json(summary["evaluation"]) if summary["evaluation"] else None
-    return Compression(
-        folder=output, evaluation=evaluation, summary=summary, report_path=Path(summary["report"]), resumed_whole=True
+def _completions(run: Run, output: Path, prompt: str) -> list[dict[str, str]]:
+    original, compressed = (
+        generate(folder, prompt, device=run.device, generic=run.identity["generic"])
+        for folder in (run.checkpoint.folder, output)
     )
-
-
-def _completions(run: Run, output: Path, prompt: str | None) -> list[dict[str, str]]:
-    if prompt is None:
-        return []
-    original, compressed = (generate(folder, prompt, device=run.device) for folder in (run.checkpoint.folder, output))
     return [{"prompt": prompt, "original": original, "compressed": compressed}]
 
 
-def _summary(
-    run: Run,
-    output: Path,
-    journal: Journal,
-    evaluation: Evaluation | None,
-    completions: list[dict[str, str]],
-    command: str | None,
-) -> dict[str, Any]:
+def _summary(run: Run, output: Path, journal: Journal) -> dict[str, Any]:
     records = journal.records(output)
     base_bytes = sum((run.checkpoint.folder / shard).stat().st_size for shard in run.checkpoint.shards)
     return {
@@ -356,12 +374,12 @@ def _summary(
         },
         "recipe": run.recipe.to_dict(),
         "recipe_yaml": run.recipe.to_yaml(),
-        "command": command or f"fettle compress {run.model} -o {output.name} --recipe {run.recipe.name}",
+        "asked": run.asked,
         "calibration": calibration_summary(run),
         "ledger": [line for record in records for line in record.ledger],
         "versions": versions(),
-        "evaluation": evaluation.to_json() if evaluation is not None else None,
-        "completions": completions,
+        "evaluation": None,
+        "completions": [],
     }
 
 

@@ -173,7 +173,7 @@ def test_a_shard_that_was_cut_short_is_written_again(tiny_llama, text_file, undi
 
 def test_a_full_disk_is_told_before_any_work_and_resumes(tiny_llama, small_recipe, tmp_path, monkeypatch, undisturbed):
     real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=4000))
     out = tmp_path / "model"
     with pytest.raises(DiskFullError, match=r"model-00001-of-00003.safetensors.*bytes are missing"):
         fettle.compress(tiny_llama, out, small_recipe, evaluate=False)
@@ -275,7 +275,7 @@ def test_calibration_that_cannot_be_is_refused_before_any_work(tiny_llama, text_
 
 def test_a_run_that_wrote_nothing_does_not_bind_the_next(tiny_llama, text_file, tmp_path, monkeypatch):
     real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=4000))
     with pytest.raises(DiskFullError):
         fettle.compress(tiny_llama, tmp_path / "out", make_recipe(text_file), evaluate=False)
     monkeypatch.undo()

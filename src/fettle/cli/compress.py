@@ -122,7 +122,7 @@ def _print(summary: dict[str, Any], folder: Path, report: Path, finished: bool) 
         out.print(f"{folder} was finished already; --fresh starts over.")
     show(out, quality_table(summary))
     if summary["evaluation"] is None:
-        out.print(f"Not measured. Next: fettle evaluate {folder} --reference {summary['model']}")
+        out.print(f"Not measured. Next: fettle evaluate {folder} --reference {summary['asked']}")
     base, after = summary["base"]["bytes"], summary["output"]["bytes"]
     out.print(
         f"{folder}: {size(base)} → {size(after)}, {base / after:.2f} times smaller, "

@@ -11,7 +11,7 @@ import typer
 
 from fettle import api
 from fettle.cli.flags import dataclass_flags, given, with_flags
-from fettle.cli.options import Device, Json, Model
+from fettle.cli.options import Device, Generic, Json, Model
 from fettle.cli.output import emit_json
 from fettle.engine.completion import complete_with, stream_completion
 from fettle.engine.sampling import Sampling
@@ -26,6 +26,7 @@ def run(
     prompt: Prompt,
     max_new_tokens: Tokens = 64,
     device: Device = "cpu",
+    generic: Generic = False,
     json: Json = False,
     **fields: Any,
 ) -> None:
@@ -39,7 +40,7 @@ def run(
     sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
     sampling.check()
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = api.load(model, device=device)
+    loaded = api.load(model, device=device, generic=generic)
     began = time.monotonic()
     if json:
         made = complete_with(loaded, text, sampling, max_new_tokens=max_new_tokens)

@@ -18,7 +18,7 @@ from fettle.diagnose.words import in_words
 from fettle.errors import UsageError
 from fettle.methods.protocols import MatrixMethod
 from fettle.models.anatomy import read_anatomy
-from fettle.models.checkpoint import Checkpoint
+from fettle.models.checkpoint import Checkpoint, context_length
 from fettle.models.storage import stored_schemes
 from fettle.progress import Progress
 from fettle.workers import Workers
@@ -64,7 +64,7 @@ def diagnose_folder(
     if tokenizer is None:
         raise UsageError(f"{folder} has no tokenizer files, and a text can only be measured as tokens; add them to it")
     chosen = as_candidates(options.candidates or default_methods(), str(checkpoint.dtype).removeprefix("torch."))
-    length = min(options.length, int(checkpoint.config.get("max_position_embeddings") or options.length))
+    length = min(options.length, context_length(checkpoint.config) or options.length)
     held_out = read_text(options.text, variant="heldout")
     held = evaluation_windows(tokenizer, held_out, length=length, max_tokens=options.max_tokens)
     seen = calibration_windows(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fettle.data.windows import Windows
 from fettle.diagnose.estimates import Activations
-from fettle.errors import NonFiniteError, UsageError
+from fettle.errors import ModelError, NonFiniteError, UsageError
 from fettle.evaluate.quality import kl_divergence
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
@@ -117,6 +117,11 @@ class Original:
         found = {}
         for address, sharing in linears.items():
             inputs = [w[address][0] for w in by_draw[0] if address in w]
+            if not inputs and sharing[0].expert is None:
+                raise ModelError(
+                    f"no product with {sharing[0].weight_name} was seen while block {index} ran: this architecture "
+                    "multiplies in a way that fettle does not recognise, so it cannot be diagnosed"
+                )
             grads = [[w[address][1] for w in draw if address in w] for draw in by_draw]
             for linear in sharing:
                 rows = slice(None) if linear.slot.rows is None else slice(*linear.slot.rows)

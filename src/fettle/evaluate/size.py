@@ -16,11 +16,7 @@ from dataclasses import dataclass
 
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
-from fettle.models.header import TensorEntry
 from fettle.models.storage import stored_schemes
-
-_BUFFERS = ("masked_bias", "inv_freq")
-_MASK_DIMENSIONS = 4  # GPT-2 and its kin store a mask [1, 1, context, context] under the name of a bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,7 @@ def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
     dense = sum(
         math.prod(entry.shape)
         for name, entry in checkpoint.entries.items()
-        if name not in covered and not _is_buffer(entry)
+        if name not in covered and not entry.is_buffer
     )
     tensor_bytes = sum(entry.nbytes for entry in checkpoint.entries.values())
     return Size(
@@ -66,9 +62,3 @@ def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
         bits_per_weight=8 * code_bytes / code_weights if code_weights else None,
         model_bits_per_weight=8 * tensor_bytes / (dense + code_weights),
     )
-
-
-def _is_buffer(entry: TensorEntry) -> bool:
-    last = entry.name.rpartition(".")[2]
-    is_mask = last == "bias" and len(entry.shape) == _MASK_DIMENSIONS
-    return is_mask or last in _BUFFERS or not entry.dtype.is_floating_point

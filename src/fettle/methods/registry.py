@@ -50,9 +50,15 @@ def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
     for key in mapping:
         if key not in fields:
             raise RecipeError(unknown_word(f"field of the method {name}", str(key), fields))
-    method = cls(**mapping)
+    hints = get_type_hints(cls)
+    method = cls(**{key: _plain(value, hints[key]) for key, value in mapping.items()})
     validate(method)
     return method
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """The value; the word none, as help and errors spell it, for a field that may have no value."""
+    return None if value == "none" and _fits(None, hint) and not _fits(value, hint) else value
 
 
 def to_fields(method: MatrixMethod) -> dict[str, Any]:
@@ -69,8 +75,8 @@ def validate(method: MatrixMethod) -> None:
     hints = get_type_hints(type(method))
     for field in dataclasses.fields(method):
         value, hint = getattr(method, field.name), hints[field.name]
-        members = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-        if not any(_fits(value, member, field.metadata) for member in members):
+        members = _members(hint)
+        if not _fits(value, hint, field.metadata):
             raise RecipeError(
                 f"{method.name}: {field.name}={value!r} cannot be; allowed: {_allowed(members, field.metadata)}. "
                 f"Leave it out for the default, {_spelled(field.default)}"
@@ -78,7 +84,16 @@ def validate(method: MatrixMethod) -> None:
     method.validate()
 
 
-def _fits(value: Any, member: Any, metadata: Mapping[str, Any]) -> bool:
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _fits(value: Any, hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({})) -> bool:
+    """Whether a value is of a field's type, and within its bounds."""
+    return any(_fits_member(value, member, metadata) for member in _members(hint))
+
+
+def _fits_member(value: Any, member: Any, metadata: Mapping[str, Any]) -> bool:
     if member is types.NoneType or value is None:
         return member is types.NoneType and value is None
     if get_origin(member) is Literal:

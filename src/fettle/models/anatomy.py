@@ -32,10 +32,14 @@ __all__ = ["Anatomy", "Block", "Linear", "Slot", "read_anatomy"]
 def read_anatomy(checkpoint: Checkpoint, *, generic: bool = False) -> Anatomy:
     """The anatomy of `checkpoint`, from its config and headers alone.
 
-    `generic` is for families without a table. Raises `UnknownFamilyError`, or `CheckpointError` naming the tensors
-    that are missing or have another shape than the config says.
+    `generic` is for families without a table; a folder that was written so says it itself. Raises
+    `UnknownFamilyError`, or `CheckpointError` naming the tensors that are missing or have another shape than the config
+    says.
     """
-    if generic:
+    foreign = _foreign_quantization(checkpoint)
+    if foreign is not None:
+        raise unreadable(checkpoint, foreign)
+    if generic or (checkpoint.record or {}).get("generic") is True:
         return read_generic(checkpoint)
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
@@ -43,6 +47,21 @@ def read_anatomy(checkpoint: Checkpoint, *, generic: bool = False) -> Anatomy:
             f"{checkpoint.folder / 'config.json'} has no model_type; it says which architecture this is."
         )
     return _Reader(checkpoint, find_family(model_type)).read()
+
+
+def _foreign_quantization(checkpoint: Checkpoint) -> object | None:
+    """Another program's name for its format, whose tensors' names would otherwise only be missed."""
+    config = checkpoint.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    return None if method in (None, "fettle", "compressed-tensors") else method
+
+
+def unreadable(checkpoint: Checkpoint, method: object) -> CheckpointError:
+    """The error for a model that another program quantized."""
+    return CheckpointError(
+        f"{checkpoint.folder} is quantized with {method!r}, which fettle does not read (it reads compressed-tensors "
+        "with pack-quantized or int-quantized, and its own). Give it the original model."
+    )
 
 
 def dimensions(config: Mapping[str, Any], family: Family) -> dict[str, int]:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,14 @@ def recorded_hashes(record: dict[str, Any] | None) -> dict[str, str]:
     """Tensor name → SHA-256 of its bytes, out of the `tensors` of a `fettle.json`."""
     tensors = (record or {}).get("tensors")
     return {str(name): str(digest) for name, digest in tensors.items()} if isinstance(tensors, dict) else {}
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a model's context holds, under the name that its family gives it; None where it says none."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -52,6 +52,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+_BUFFERS = ("masked_bias", "inv_freq")
+_MASK_DIMENSIONS = 4  # GPT-2 and its kin store a mask [1, 1, context, context] under the name of a bias
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """Where one tensor lies: `nbytes` bytes of the file `shard`, from its byte `start` on."""
@@ -62,6 +66,13 @@ class TensorEntry:
     shard: str
     start: int
     nbytes: int
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether old checkpoints carry this beside the parameters: causal masks, rotary frequencies, position ids."""
+        last = self.name.rpartition(".")[2]
+        is_mask = last == "bias" and len(self.shape) == _MASK_DIMENSIONS
+        return is_mask or last in _BUFFERS or not self.dtype.is_floating_point
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -48,7 +48,12 @@ def demo_folder() -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_PATTERNS)))
@@ -57,6 +62,10 @@ def _download(hub_id: str) -> Path:
             f"there is no folder {hub_id!r} here, and the hub has no model {hub_id!r} that you may read. Check the "
             "spelling; "
             "for a gated model, accept its terms and log in with 'hf auth login'."
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(
+            f"there is no folder {hub_id!r} here, and the hub has no names of that form. Check the path."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(

@@ -20,19 +20,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fettle.errors import CheckpointError
-from fettle.models.anatomy import Anatomy, Linear
+from fettle.models.anatomy import Anatomy, Linear, unreadable
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.tensors.grid import uniform
 from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.scheme import Scheme, Storage
 
-STORAGES = ("pack-quantized", "int-quantized")
+STORAGES = get_args(Storage)
 _REFUSAL = {
     "load_in_8bit": True,
     "bnb_4bit_compute_dtype": "this folder was written by fettle, and transformers cannot read it: use fettle.load",
@@ -176,11 +176,7 @@ def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Stored
         return _read_own(checkpoint, config, coded)
     if method == "compressed-tensors":
         return {linear.name: _read_standard(checkpoint, config, linear) for linear in coded}
-    raise CheckpointError(
-        f"{checkpoint.folder} is quantized with {method!r}, which fettle does not read (it reads "
-        "compressed-tensors with "
-        f"{' or '.join(STORAGES)}, and its own). Give it the original model."
-    )
+    raise unreadable(checkpoint, method)
 
 
 def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:

@@ -125,6 +125,12 @@ def write_index(folder: Path, shard_of: Mapping[str, str], total_bytes: int) -> 
     write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": ordered})
 
 
+def is_side_file(path: Path) -> bool:
+    """Whether `copy_side_files` would take a file of this name."""
+    wanted = path.suffix in SIDE_SUFFIXES or path.name in SIDE_NAMES
+    return wanted and path.name not in _OWN_FILES and not path.name.endswith(".index.json")
+
+
 def copy_side_files(source: Path, target: Path) -> list[str]:
     """Copies what belongs to a model beside its weights (tokenizer, generation config, license); returns the names.
 
@@ -132,8 +138,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     """
     copied = []
     for path in sorted(source.iterdir()):
-        wanted = path.suffix in SIDE_SUFFIXES or path.name in SIDE_NAMES
-        if not wanted or not path.is_file() or path.name in _OWN_FILES or path.name.endswith(".index.json"):
+        if not is_side_file(path) or not path.is_file():
             continue
         data = path.read_bytes()
         with _replacing(target, path.name, len(data)) as temporary:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-LOAD_STANDARD = """from transformers import AutoModelForCausalLM, AutoTokenizer  # with compressed-tensors installed
+LOAD_STANDARD = """from transformers import {auto}, AutoTokenizer  # with compressed-tensors installed
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
+model = {auto}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
 LOAD_FETTLE = """import fettle
@@ -45,7 +45,9 @@ def model_card(marker: dict[str, Any], recipe_yaml: str, folder_name: str, quant
         "## How to load it",
         "",
         "```python",
-        (LOAD_STANDARD if quant_method == "compressed-tensors" else LOAD_FETTLE).format(folder=folder_name),
+        (LOAD_STANDARD if quant_method == "compressed-tensors" else LOAD_FETTLE).format(
+            folder=folder_name, auto="AutoModelForCausalLM" if marker["causal"] else "AutoModel"
+        ),
         "```",
         "",
     ]

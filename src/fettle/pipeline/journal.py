@@ -3,8 +3,8 @@
 `OUT.run/` stands beside the written model `OUT/`:
 
     identity.json       what the run was started with; another model, recipe, seed or text is refused, by name
-    journal.jsonl       one line a finished shard, appended and flushed to the disk after the shard itself
-    ledger.jsonl        the same decisions with their seconds, which differ from run to run
+    journal.jsonl       one line a finished shard, appended and flushed to the disk after the shard itself, with the
+                        seconds, which differ from run to run
     inputs-000N.safetensors   the hidden states that enter block N: the one thing that cannot be read from OUT
     report.html summary.json  written at the end
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,12 +29,19 @@ import torch
 from torch import Tensor
 
 from fettle.errors import ResumeError, UsageError
-from fettle.models.writer import write_json, write_shard
+from fettle.models.writer import is_side_file, write_json, write_shard
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: two runs on one folder are then the user's to avoid
     fcntl = None  # type: ignore[assignment]
+
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|\..*\.partial")  # all that a run leaves before it is done
+_OUTPUT = re.compile(rf"{_SHARD.pattern}|model\.safetensors\.index\.json|config\.json|README\.md|fettle\.json")
+_RUN = re.compile(
+    r"identity\.json|journal\.jsonl(\.tmp)?|inputs-\d{5}\.safetensors|summary\.json|report\.html|\..*\.partial"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,20 +99,32 @@ class Journal:
         refuse_foreign(output)
         with locked(folder):
             journal = cls(folder)
-            if known and (fresh or not journal.records(output)):  # nothing is done: nothing to be resumed
+            if known and fresh:
                 journal.clear(output)
-            elif known:
+            elif known and journal.records(output):
                 journal.refuse_changes(identity)
+            elif known:  # nothing is done, so nothing is resumed, and what lies there was not written by this run
+                journal.refuse_strangers(output)
+                journal.clear(output)
             output.mkdir(parents=True, exist_ok=True)
             write_json(folder / "identity.json", dict(identity))
             yield journal
 
     def clear(self, output: Path) -> None:
-        """Removes what earlier runs wrote to `output` and to the run folder."""
-        for folder in (output, self.folder):
+        """Removes what earlier runs wrote to `output` and to the run folder, and nothing else."""
+        for folder, own in ((output, _OUTPUT), (self.folder, _RUN)):
             for path in folder.iterdir() if folder.is_dir() else ():
-                if path.is_file() and path.name != "lock":
+                if path.is_file() and (own.fullmatch(path.name) or (folder == output and is_side_file(path))):
                     path.unlink()
+
+    def refuse_strangers(self, output: Path) -> None:
+        """Raises UsageError where `output` holds more than a run that finished no shard can have left."""
+        for path in sorted(output.iterdir()) if output.is_dir() else ():
+            if not _SHARD.fullmatch(path.name):
+                raise UsageError(
+                    f"the output {output} holds {path.name}, which the run that began there did not write; name "
+                    "another folder, or empty this one"
+                )
 
     def refuse_changes(self, identity: Mapping[str, Any]) -> None:
         """Raises ResumeError when the run was started with something else."""
@@ -183,9 +203,10 @@ def run_folder(output: Path) -> Path:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises UsageError where `output` is a file, or holds files that no run of fettle's wrote."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"the output {output} is a file; name a folder that does not exist yet")
+    """Raises UsageError where `output` or its run folder is a file, or it holds files that no run of fettle's wrote."""
+    for path in (output, run_folder(output)):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"the output {path} is a file; name a folder that does not exist yet")
     known = (run_folder(output) / "identity.json").exists()
     if not known and output.is_dir() and any(output.iterdir()):
         raise UsageError(f"the output {output} is not empty and no fettle run made it; name another folder")

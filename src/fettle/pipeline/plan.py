@@ -66,7 +66,9 @@ def plan_run(run: Run, progress: Progress, folder: Path | None = None) -> Plan:
             first = journal.records(output)[0].seconds
         free = shutil.disk_usage(temporary).free
     sources = [_source_bytes(run, index) for index in range(len(layout.units))]
-    others = sum(sources[1:]) / max(1, sources[0])
+    others = sum(
+        size for size, unit in list(zip(sources, layout.units, strict=True))[1:] if unit.block is not None
+    ) / max(1, sources[0])
     outside = max((unit.bytes for unit in layout.units if unit.block is None), default=0)
     memory = int(psutil.virtual_memory().total)
     peak = max(peak_memory_bytes(), psutil.Process().memory_info().rss + outside)

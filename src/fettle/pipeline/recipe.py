@@ -61,7 +61,7 @@ class CalibrationOptions:
 
     windows: int = field(default=128, metadata={"help": "how many windows of text", "minimum": 1})
     length: int = field(default=256, metadata={"help": "tokens a window", "minimum": 2})
-    seed: int = field(default=0, metadata={"help": "which windows are drawn", "minimum": 0})
+    seed: int = field(default=0, metadata={"help": "which windows are drawn", "minimum": 0, "maximum": 2**63 - 1})
     text: str | None = field(default=None, metadata={"help": "UTF-8 text file; without it the embedded text"})
     order: Literal["together", "in_turn"] = field(
         default="in_turn",
@@ -230,6 +230,8 @@ def _parse_where(mapping: Any, origin: str) -> Where:
         raise RecipeError(f"{origin}: 'where' is a mapping with role, blocks or name, got {mapping!r}")
     _refuse_unknown(mapping, [f.name for f in dataclasses.fields(Where)], origin, "key of 'where'")
     role = mapping.get("role")
+    if role is not None and not isinstance(role, str | list | tuple):
+        raise RecipeError(f"{origin}: 'role' is a name or a list of names, got {role!r}; write role: [gate, up]")
     roles = None if role is None else (role,) if isinstance(role, str) else tuple(str(r) for r in role)
     blocks, name = mapping.get("blocks"), mapping.get("name")
     if blocks is not None:
@@ -246,6 +248,9 @@ def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
         minimum = allowed[name].metadata.get("minimum")
         if minimum is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
             raise RecipeError(f"{origin}: calibration {name}={value!r}; it must be an integer of at least {minimum}")
+        maximum = allowed[name].metadata.get("maximum")
+        if maximum is not None and value > maximum:
+            raise RecipeError(f"{origin}: calibration {name}={value!r}; it must be an integer of at most {maximum}")
     if mapping.get("order", "together") not in ("together", "in_turn"):
         raise RecipeError(
             f"{origin}: {unknown_word('calibration order', str(mapping['order']), ('together', 'in_turn'))}"

@@ -9,6 +9,7 @@ and the config, without which no loader opens the folder, are written only after
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shutil
 import signal
@@ -28,7 +29,8 @@ from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import DiskFullError, InterruptedRunError, UsageError
 from fettle.models.anatomy import Anatomy, read_anatomy
-from fettle.models.checkpoint import Checkpoint
+from fettle.models.checkpoint import Checkpoint, context_length
+from fettle.models.loading import TOKENIZER_FILES
 from fettle.models.source import resolve
 from fettle.models.storage import quantization_config, stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json
@@ -48,7 +50,8 @@ MAX_CALIBRATION_TOKENS = 2**24
 class Run:
     """A compression with everything read and checked that can be before any work."""
 
-    model: str
+    model: str  # its name in cards and pages
+    asked: str  # the user's own word for it: a command that is to work again needs that
     checkpoint: Checkpoint
     anatomy: Anatomy
     recipe: Recipe
@@ -79,19 +82,16 @@ def prepare(
     """Opens the base, maps the recipe onto it and cuts the calibration text; writes nothing.
 
     Raises:
-        ModelError: the base is damaged, unsafe, unknown or compressed already.
+        ModelError: the base is damaged, unsafe or unknown.
         RecipeError: the recipe cannot be for this model.
-        UsageError: no such device, or a calibration text that is empty.
+        UsageError: no such device, a base that is compressed already, or a calibration text that is empty.
     """
     check_device(device)
     folder = resolve(model)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
     if stored_schemes(checkpoint, anatomy):
-        raise UsageError(
-            f"{model} is compressed already ({checkpoint.config['quantization_config'].get('quant_method')}); "
-            "compress the model that it was made from"
-        )
+        raise UsageError(f"{model} is compressed already; compress the model that it was made from")
     layout = build_layout(checkpoint, anatomy, assign(recipe, anatomy), recipe.storage)
     text = windows = None
     options = recipe.calibration
@@ -118,20 +118,33 @@ def prepare(
         "text": text.sha256 if text is not None else None,
         "device": torch.device(device).type,
         "generic": generic,
-        "fettle_version": fettle.__version__,
+        "tokenizer": _tokenizer_hashes(folder) if windows is not None else None,
+        "versions": {name: versions()[name] for name in ("fettle", "torch", "transformers")},
     }
     return Run(
-        model=display_name(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe, layout=layout, text=text,
-        windows=windows, identity=identity, device=device, workers=workers,
+        model=display_name(model), asked=str(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe,
+        layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
     )  # fmt: skip
 
 
+def _tokenizer_hashes(folder: Path) -> dict[str, str]:
+    """File → SHA-256 of what the calibration text was cut with."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name in TOKENIZER_FILES or path.name == "tokenizer_config.json"
+    }
+
+
+def require_context(config: Mapping[str, Any], length: int, what: str) -> None:
+    """Raises UsageError for windows longer than the model's context; `what` names the option."""
+    context = context_length(config)
+    if context is not None and length > context:
+        raise UsageError(f"{what}={length}; this model's context holds {context} tokens: give at most that")
+
+
 def _require_possible(options: CalibrationOptions, config: Mapping[str, Any]) -> None:
-    context = config.get("max_position_embeddings")
-    if isinstance(context, int) and options.length > context:
-        raise UsageError(
-            f"calibration length={options.length}; this model's context holds {context} tokens: give at most that"
-        )
+    require_context(config, options.length, "calibration length")
     asked = options.windows * options.length
     if asked > MAX_CALIBRATION_TOKENS:
         raise UsageError(
@@ -141,10 +154,15 @@ def _require_possible(options: CalibrationOptions, config: Mapping[str, Any]) ->
 
 
 def refuse_inside(model: Path, output: Path) -> None:
-    """Raises UsageError for an output that is the model's folder, or lies in it: a base is never written to."""
-    source, target = model.resolve(), output.resolve()
-    if target == source or source in target.parents:
-        raise UsageError(f"the output {output} lies in the model's own folder {model}; name a folder outside it")
+    """Raises UsageError for an output (or its run folder) that is the model's folder, or lies in it: a base is never
+    written to.
+    """
+    source = model.resolve()
+    for target in (output.resolve(), run_folder(output).resolve()):
+        if target == source or source in target.parents:
+            raise UsageError(
+                f"the output {target.name} lies in the model's own folder {model}; name a folder outside it"
+            )
 
 
 def write_model(run: Run, output: Path, journal: Journal, progress: Progress) -> None:
@@ -176,6 +194,8 @@ def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | N
         "schema": 1,
         "fettle_version": fettle.__version__,
         "base": {"name": run.model, "files": run.identity["model"]},
+        "generic": run.identity["generic"],
+        "causal": run.anatomy.causal,
         "recipe": run.identity["recipe"],
         "calibration": calibration_summary(run),
         "ledger": ledger,
@@ -228,6 +248,9 @@ def check_device(device: str) -> None:
         raise UsageError(f"device '{device}' is not supported. Allowed: cpu, cuda, cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device '{device}': this machine has no CUDA GPU that torch can use; use --device cpu")
+    index = torch.device(device).index
+    if kind == "cuda" and index is not None and index >= torch.cuda.device_count():
+        raise UsageError(f"device '{device}': this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fettle.errors import NonFiniteError
+from fettle.errors import ModelError, NonFiniteError
 from fettle.methods.quantize.errors import output_error, weight_error
 from fettle.methods.statistics import FEWEST_TOKENS, STATISTICS
 from fettle.models.anatomy import Anatomy, Linear
@@ -58,6 +58,7 @@ class Seen:
     statistics: dict[str, Tensor]
     tokens: int
     note: str = ""
+    neutral: bool = False  # the statistics say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
         quantized = item.method.compress(weight, statistics, dtype=dtype)
     except NonFiniteError as found:
         raise NonFiniteError(f"{item.linear.weight_name}: {found}") from found
-    gram = statistics.get("gram")
+    gram = statistics.get("gram") if seen is not None and not seen.neutral else None
     error = weight_error(weight, quantized) if gram is None else output_error(weight, quantized, gram)
     line = LedgerLine(
         linear=item.linear.name,
@@ -160,11 +161,24 @@ class Stream:
             before = workers.map(lambda i: self._original_inputs(block, i, paired), window)
             for group, kinds in declared.items():
                 inputs = [taken[group] for taken in seen if group in taken]
+                if inputs and inputs[0].shape[-1] != wanted[group]:
+                    raise ModelError(
+                        f"{group} reads inputs of width {inputs[0].shape[-1]}, and its weight has {wanted[group]} "
+                        "columns: the family stores it turned. Leave it out with where:, or use a method without "
+                        "calibration"
+                    )
                 tokens[group] += sum(len(x) for x in inputs)
                 for kind in kinds if inputs else ():
                     pairs = [torch.stack((b[group], a[group])) for a, b in zip(seen, before, strict=True) if group in b]
                     given = pairs if STATISTICS[kind].paired else inputs
                     STATISTICS[kind].add_(states[group, kind], given, workers)
+        unseen = sorted(group for group in wanted if not tokens[group] and group not in experts)
+        if unseen:
+            raise ModelError(
+                f"no product with the weights that read {', '.join(unseen[:3])} was seen while block {block} ran: this "
+                "architecture multiplies in a way that fettle does not recognise. Use a method without calibration, "
+                "such as round_to_nearest, or leave them out with where:"
+            )
         return {group: self._seen(group, declared[group], states, tokens[group], wanted[group]) for group in wanted}
 
     def _original_inputs(self, block: int, window: int, groups: frozenset[str]) -> dict[str, Tensor]:
@@ -181,6 +195,7 @@ class Stream:
                 tokens=tokens,
                 note=f"saw {tokens} tokens, fewer than a quarter of its {in_features} inputs: compressed without "
                 "statistics",
+                neutral=True,
             )
         found = {kind: STATISTICS[kind].finish(states[group, kind]) for kind in kinds}
         for kind, value in found.items():
@@ -204,7 +219,10 @@ class Stream:
             if item.linear.role != "head" and not self.job.anatomy.tied:
                 neutral = {kind: STATISTICS[kind].neutral(in_features) for kind in kinds}
                 found[item.linear.name] = Seen(
-                    statistics=neutral, tokens=0, note="a table has no inputs: compressed without statistics"
+                    statistics=neutral,
+                    tokens=0,
+                    note="a table has no inputs: compressed without statistics",
+                    neutral=True,
                 )
                 continue
             states = {(item.linear.name, kind): STATISTICS[kind].start(in_features) for kind in kinds}

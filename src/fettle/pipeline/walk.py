@@ -103,7 +103,7 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
     assert unit.block is not None
     stream.load_block(unit.block)
     outcomes: list[Outcome] = []
-    stages = _stages(unit.compressed, job.order)
+    stages = _stages(unit.compressed, job)
     if not stages:
         stream.leave_original(unit.block)
     for stage in stages:
@@ -125,9 +125,12 @@ def _solve(job: Job, stream: Stream, seen: Mapping[str, Seen], item: Compression
     return compress_linear(item, weight, seen.get(item.linear.input_group), job)
 
 
-def _stages(compressed: tuple[Compression, ...], order: str) -> list[list[Compression]]:
-    """The linears of a block in the order in which data meets them, those that read the same inputs together."""
-    if order == "together":
+def _stages(compressed: tuple[Compression, ...], job: Job) -> list[list[Compression]]:
+    """The linears of a block in the order in which data meets them, those that read the same inputs together.
+
+    In what order an unknown family's linears are met nobody says: they are taken together.
+    """
+    if job.order == "together" or job.anatomy.family == "generic":
         return [list(compressed)]
     stages: dict[str, list[Compression]] = {}
     for item in compressed:
@@ -140,7 +143,8 @@ def _stages(compressed: tuple[Compression, ...], order: str) -> list[list[Compre
 
 def _kept_tensor(job: Job, name: str) -> Tensor:
     tensor = job.checkpoint.read(name)
-    check_finite(name, tensor)
+    if not job.checkpoint.entries[name].is_buffer:  # a mask may hold -inf: no block reads it
+        check_finite(name, tensor)
     return tensor
 
 

@@ -56,12 +56,6 @@ class Budget:
         """The candidates with their labels, for a model of this type."""
         return as_candidates(self.candidates or default_methods(("gptq",), BUDGET_BITS), dtype)
 
-    def flags(self) -> str:
-        """The limit as it is written on the command line."""
-        if self.bits_per_weight is not None:
-            return f"--bits-per-weight {self.bits_per_weight:g}"
-        return f"--size {self.size_bytes}"
-
     def title(self) -> str:
         """What is asked, for people and as part of a recipe's name: "3.5bit" or "2000000bytes"."""
         return f"{self.bits_per_weight:g}bit" if self.bits_per_weight is not None else f"{self.size_bytes}bytes"

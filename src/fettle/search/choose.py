@@ -26,6 +26,7 @@ from fettle.data.windows import Windows, calibration_windows, read_text
 from fettle.diagnose.candidates import Candidate
 from fettle.diagnose.original import Original
 from fettle.errors import RecipeError, UsageError
+from fettle.models.checkpoint import context_length
 from fettle.models.writer import write_json
 from fettle.pipeline.journal import Journal, locked, refuse_foreign, run_folder
 from fettle.pipeline.layout import build_layout
@@ -140,8 +141,7 @@ def _sample(probe: Run, calibration: CalibrationOptions) -> Windows:
             "compress with a recipe"
         )
     text = probe.text or read_text(calibration.text)
-    context = probe.checkpoint.config.get("max_position_embeddings")
-    length = min(calibration.length, context) if isinstance(context, int) else calibration.length
+    length = min(calibration.length, context_length(probe.checkpoint.config) or calibration.length)
     count = max(1, SAMPLE_TOKENS // length)
     return calibration_windows(tokenizer, text, windows=count, length=length, seed=calibration.seed + 1)
 
@@ -166,8 +166,9 @@ def _open(folder: Path, identity: dict[str, Any], *, fresh: bool) -> None:
     if begun and not fresh and (folder / "identity.json").exists():
         Journal(folder).refuse_changes(identity)
     else:
-        for path in folder.iterdir():
-            path.unlink()
+        for pattern in ("block-*.json", "block-*.safetensors", CHOSEN):  # its own files, and nobody else's
+            for path in folder.glob(pattern):
+                path.unlink()
     write_json(folder / "identity.json", identity)
 
 
