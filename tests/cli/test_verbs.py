@@ -275,6 +275,48 @@ def test_a_damaged_model_is_exit_code_4(tiny_llama: Path, tmp_path: Path, capsys
     assert "model.safetensors" in capsys.readouterr().err
 
 
+def test_diagnose_tells_json_page_and_words(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--sample", 2, "--max-tokens", 64, "--windows", 2, "--length", 32, "--text", text_file]
+    flags = [*few, "--calibration", text_file, "--candidate", "round_to_nearest bits=3"]
+    found = run_json(capsys, "diagnose", tiny_llama, *flags, "--report", tmp_path / "page.html")
+    assert len(found["effects"]) == 14
+    assert sum(effect["kl"] is not None for effect in found["effects"]) == 2
+    assert "diagnosis" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert main(["diagnose", str(tiny_llama), *map(str, flags), "--no-report"]) == 0
+    shown = capsys.readouterr().out
+    assert "Keep high" in shown
+    assert main(["diagnose", str(tiny_llama), "--report", "x.html", "--no-report"]) == 2
+    assert main(["diagnose", str(tiny_llama), "--candidate", "gtpq"]) == 2
+
+
+def test_compress_keeps_a_budget(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--windows", 4, "--length", 32, "--calibration", text_file, "--candidate", "gptq bits=3"]
+    budget = [*few, "--candidate", "round_to_nearest bits=4", "--bits-per-weight", 4, "--no-evaluate"]
+    found = run_json(capsys, "compress", tiny_llama, "-o", tmp_path / "out", *budget)
+    assert found["summary"]["budget"]["bits_per_weight"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--bits-per-weight", "3", "--method", "gptq"], "leave out --recipe and --method"),
+        (["--bits-per-weight", "3", "--size", "2GB"], "one of the two"),
+        (["--size", "much"], "such as 2GB"),
+        (["--candidate", "gptq"], "belong to a budget"),
+        (["--free-fused"], "belong to a budget"),
+    ],
+)
+def test_budgets_that_cannot_be(
+    tiny_llama: Path, flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_demo_compares_and_completes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

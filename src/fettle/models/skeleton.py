@@ -32,9 +32,9 @@ from fettle.models.anatomy import Anatomy, Block, Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter, release_parameters
 from fettle.models.storage import StoredScheme, read_weight, stored_schemes
-from fettle.models.tap import Enough, Tap
+from fettle.models.tap import Enough, ProductTap, Tap
 
-__all__ = ["Skeleton", "Tap"]
+__all__ = ["ProductTap", "Skeleton", "Tap"]
 
 BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -209,12 +209,17 @@ class Skeleton:
 
     def _addresses(self, block: Block) -> dict[int, str]:
         """Address of each weight as the model passes it to a product → the group of its inputs."""
-        found = {}
-        for linear in block.linears:
+        return {address: linears[0].input_group for address, linears in self.linears_by_address(block.index).items()}
+
+    def linears_by_address(self, index: int) -> dict[int, list[Linear]]:
+        """Address of each weight of the loaded block → its linears: more than one where they are rows of one
+        parameter.
+        """
+        found: dict[int, list[Linear]] = {}
+        for linear in self.anatomy.blocks[index].linears:
             parameter = self._slot_parameter(linear)
-            found[(parameter if linear.slot.index is None else parameter[linear.slot.index]).data_ptr()] = (
-                linear.input_group
-            )
+            held = parameter if linear.slot.index is None else parameter[linear.slot.index]
+            found.setdefault(held.data_ptr(), []).append(linear)
         return found
 
     def free_block(self, index: int) -> None:
@@ -222,9 +227,15 @@ class Skeleton:
         self._groups.pop(index, None)
         release_parameters(self._blocks[index])
 
-    @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """Hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read."""
+        """Hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read.
+
+        A graph for gradients is kept only for a hidden that requires them.
+        """
+        with torch.set_grad_enabled(hidden.requires_grad):
+            return self._run_block(index, hidden, tap)
+
+    def _run_block(self, index: int, hidden: Tensor, tap: Tap | None) -> Tensor:
         tokens = hidden.shape[1]
         if tokens not in self._arguments:
             raise UsageError(f"no window of {tokens} tokens was embedded, so the masks of that length are not known.")
@@ -333,13 +344,13 @@ class Skeleton:
             self._head_is_loaded = False
             self._embedding_table = None
 
-    @torch.no_grad()
     def _replay(self, module: nn.Module, hidden: Tensor) -> Any:
-        """`module`'s own forward in which the last block returns `hidden`."""
+        """`module`'s own forward in which the last block returns `hidden`; gradients as in `run_block`."""
         self.load_head()
         self._call.replay = hidden
         try:
-            return module(inputs_embeds=torch.zeros_like(hidden), **self._forward_options())
+            with torch.set_grad_enabled(hidden.requires_grad):
+                return module(inputs_embeds=torch.zeros_like(hidden), **self._forward_options())
         finally:
             self._call.replay = None
 

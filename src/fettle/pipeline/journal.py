@@ -99,13 +99,8 @@ class Journal:
         """
         folder = run_folder(output)
         known = (folder / "identity.json").exists()
-        for path in (output, folder):
-            if path.exists() and not path.is_dir():
-                raise UsageError(f"the output {path} is a file; name a folder that does not exist yet")
-        if not known and output.is_dir() and any(output.iterdir()):
-            raise UsageError(f"the output {output} is not empty and no fettle run made it; name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / "lock"):
+        refuse_foreign(output)
+        with locked(folder):
             journal = cls(folder)
             if known and fresh and (journal.owns(output) or (output / "fettle.json").is_file()):
                 journal.clear(output)
@@ -268,6 +263,16 @@ def run_folder(output: Path) -> Path:
     return output.parent / f"{output.name}.run"
 
 
+def refuse_foreign(output: Path) -> None:
+    """Raises UsageError where `output` or its run folder is a file, or it holds files that no run of fettle's wrote."""
+    for path in (output, run_folder(output)):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"the output {path} is a file; name a folder that does not exist yet")
+    known = (run_folder(output) / "identity.json").exists()
+    if not known and output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"the output {output} is not empty and no fettle run made it; name another folder")
+
+
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -280,11 +285,13 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the run folder and holds its lock; UsageError where another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UsageError(f"another run works on {path.parent}; wait for it or name another output") from None
+                raise UsageError(f"another run works on {folder}; wait for it or name another output") from None
         yield
