@@ -1,8 +1,7 @@
 """fettle: makes a pretrained language model small, fast and cheap to run, and proves what that cost.
 
-Four calls: `load`, `compress`, `evaluate`, `generate`; and two that look first: `plan`, `inspect`. They are imported
-when
-they are first used, so that `import fettle` costs nothing.
+Four calls: `load`, `compress`, `evaluate`, `generate`; and three that look first: `plan`, `inspect`, `diagnose`. They
+are imported when they are first used, so that `import fettle` costs nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "compress", "evaluate", "generate", "inspect", "load", "plan"]
+__all__ = ["Budget", "__version__", "compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"]
 
 if TYPE_CHECKING:
-    from fettle.api import compress, evaluate, generate, inspect, load, plan
+    from fettle.api import compress, diagnose, evaluate, generate, inspect, load, plan
+    from fettle.search.budget import Budget
 
 
 _CALLS = frozenset(__all__) - {"__version__"}

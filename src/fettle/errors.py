@@ -20,7 +20,9 @@ step; it never needs the traceback to be understood.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FettleError(Exception):
@@ -93,3 +95,10 @@ def unknown_word(kind: str, word: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     return f"unknown {kind} '{word}'{hint} Allowed: {', '.join(names)}"
+
+
+def require_readable(folder: Path, names: Iterable[str]) -> None:
+    """Raises `ModelError` for the first of these files of a model that is there and may not be read: no damage."""
+    for path in (folder / name for name in names):
+        if path.exists() and not os.access(path, os.R_OK):
+            raise ModelError(f"{path} cannot be read (Permission denied). Check the file and its permissions.")

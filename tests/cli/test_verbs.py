@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from fettle.cli.main import main
+from fettle.errors import ResourceError
 
 SMALL = ["--windows", "8", "--length", "64"]
 
@@ -143,11 +145,54 @@ def test_the_model_against_itself_loses_nothing(
         (["--reference", "x", "--max-kl", "-1"], "it must be 0 or more"),
         (["--report", "a.html", "--no-report"], "exclude each other"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--text", "~nosuch/x"], "~nosuch/x"),
+        (["--report", "/dev/full"], "/dev/full"),
+        (["--report", "."], "it is a folder"),
     ],
 )
 def test_evaluate_refuses(tiny_llama: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tiny_llama), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_numbers_are_printed_whatever_becomes_of_the_page(
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(path: Path, documents: object) -> None:
+        raise ResourceError(f"no room for the page {path}")
+
+    monkeypatch.setattr("fettle.cli.evaluate.write_report", failing)
+    flags = ["--text", str(text_file), "--length", "64", "--max-tokens", "256", "--report", str(tmp_path / "page.html")]
+    assert main(["evaluate", str(tiny_llama), *flags, "--json"]) == 3
+    said = capsys.readouterr()
+    assert json.loads(said.out)["perplexity"] > 1 and json.loads(said.out)["report"] is None
+    assert "no room for the page" in said.err
+
+
+@pytest.mark.parametrize("where", ["/dev/full", ".", "/proc/nowhere/page.html"])
+def test_a_page_that_cannot_be_is_told_before_the_work(
+    tiny_llama: Path, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method", "round_to_nearest", "--report", where]
+    assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert f"the page {where} cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_from_standard_input_is_utf8(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(compressed), "-", "--max-new-tokens", "1"]
+    for raw, code in ((b"def fox", 0), (b"def \xff", 2)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+        assert main(arguments) == code
+    assert "byte 4 is 0xff" in capsys.readouterr().err
+    assert main(["generate", str(compressed), "def \udcff"]) == 2
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_generate_streams_what_json_holds(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +246,14 @@ def test_report_takes_folders_and_json(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "No such file"), ("{", "is no JSON"), ('{"a": 1}', "is no result of fettle"), ("[]", "is no result")],
+    [
+        (None, "No such file"),
+        ('{"schema": 1, "kind": "evaluation", "evaluation": 5}', "is no result"),
+        ("[" * 100_000, "is no JSON"),
+        ("{", "is no JSON"),
+        ('{"a": 1}', "is no result of fettle"),
+        ("[]", "is no result"),
+    ],
 )
 def test_report_refuses_what_is_no_result(
     content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -221,6 +273,48 @@ def test_a_damaged_model_is_exit_code_4(tiny_llama: Path, tmp_path: Path, capsys
     shard.write_bytes(shard.read_bytes()[:-100])
     assert main(["inspect", str(broken)]) == 4
     assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_diagnose_tells_json_page_and_words(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--sample", 2, "--max-tokens", 64, "--windows", 2, "--length", 32, "--text", text_file]
+    flags = [*few, "--calibration", text_file, "--candidate", "round_to_nearest bits=3"]
+    found = run_json(capsys, "diagnose", tiny_llama, *flags, "--report", tmp_path / "page.html")
+    assert len(found["effects"]) == 14
+    assert sum(effect["kl"] is not None for effect in found["effects"]) == 2
+    assert "diagnosis" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert main(["diagnose", str(tiny_llama), *map(str, flags), "--no-report"]) == 0
+    shown = capsys.readouterr().out
+    assert "Keep high" in shown
+    assert main(["diagnose", str(tiny_llama), "--report", "x.html", "--no-report"]) == 2
+    assert main(["diagnose", str(tiny_llama), "--candidate", "gtpq"]) == 2
+
+
+def test_compress_keeps_a_budget(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--windows", 4, "--length", 32, "--calibration", text_file, "--candidate", "gptq bits=3"]
+    budget = [*few, "--candidate", "round_to_nearest bits=4", "--bits-per-weight", 4, "--no-evaluate"]
+    found = run_json(capsys, "compress", tiny_llama, "-o", tmp_path / "out", *budget)
+    assert found["summary"]["budget"]["bits_per_weight"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--bits-per-weight", "3", "--method", "gptq"], "leave out --recipe and --method"),
+        (["--bits-per-weight", "3", "--size", "2GB"], "one of the two"),
+        (["--size", "much"], "such as 2GB"),
+        (["--candidate", "gptq"], "belong to a budget"),
+        (["--free-fused"], "belong to a budget"),
+    ],
+)
+def test_budgets_that_cannot_be(
+    tiny_llama: Path, flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -154,3 +154,8 @@ def test_a_folder_without_a_tokenizer_has_none_and_a_damaged_one_is_named(tmp_pa
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_the_home_of_nobody_is_no_text() -> None:
+    with pytest.raises(UsageError, match="~nosuch/x cannot be read"):
+        read_text("~nosuch/x")

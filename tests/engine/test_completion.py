@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,30 @@ def test_a_damaged_model_is_named_not_completed(tiny_llama: Path) -> None:
         loaded.model.model.norm.weight[0] = float("nan")
     with pytest.raises(NonFiniteError, match="not finite"):
         complete(loaded, PROMPT)
+
+
+def test_a_prompt_that_is_no_text_is_refused(loaded) -> None:
+    with pytest.raises(UsageError, match=r"not UTF-8 text.*character 4"):
+        complete(loaded, "def \udcff")
+
+
+def test_a_model_without_a_tokenizer_says_so(loaded) -> None:
+    with pytest.raises(UsageError, match="no tokenizer files"):
+        complete(dataclasses.replace(loaded, tokenizer=None), PROMPT)
+
+
+def test_a_tokenizer_of_another_model_is_told_as_evaluate_tells_it(loaded) -> None:
+    def tokens(prompt: str) -> dict[str, list[int]]:
+        return {"input_ids": [5, 320]}
+
+    tokens.bos_token_id = None  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="token id 320 is outside the embedding of 320 rows"):
+        complete(dataclasses.replace(loaded, tokenizer=tokens), PROMPT)
+
+
+def test_a_model_without_a_head_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaModel"]}))
+    with pytest.raises(UsageError, match="is a LlamaModel, which has no language-model head"):
+        complete(load(tmp_path / "base"), PROMPT)

@@ -66,3 +66,20 @@ def test_draws_follow_the_distribution() -> None:
 def test_impossible_values_are_refused_with_the_value(sampling: Sampling, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         sampling.check()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-40}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-300}]
+)
+def test_values_next_to_nothing_still_draw_the_best(fields: dict[str, float]) -> None:
+    sampling = Sampling(**fields)
+    sampling.check()
+    assert close(probabilities(LOGITS, sampling), [0.0, 1.0, 0.0, 0.0])
+    assert close(probabilities(LOGITS * 1e30, sampling), [0.0, 1.0, 0.0, 0.0])
+    assert next_token(LOGITS, sampling, torch.Generator().manual_seed(0)) == 1
+
+
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(UsageError, match=f"seed is {seed}"):
+        Sampling(seed=seed).check()

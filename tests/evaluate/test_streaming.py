@@ -17,6 +17,7 @@ from fettle.evaluate import streaming
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation, check_gate
 from fettle.evaluate.streaming import evaluate
+from fettle.models.source import resolve
 from fettle.pipeline.recipe import parse_recipe
 
 
@@ -112,7 +113,7 @@ def test_the_gate(tiny_llama, compressed, windows):
 
 def test_another_models_reference_is_refused(tiny_llama, windows):
     with pytest.raises(UsageError, match="made from"):
-        evaluate(tiny_llama, fettle.api.resolve("demo"), windows)
+        evaluate(tiny_llama, resolve("demo"), windows)
 
 
 def test_peak_memory_sees_an_allocation():

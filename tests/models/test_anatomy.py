@@ -127,6 +127,9 @@ def test_missing_and_misshapen_tensors_are_named_together(llama: Path, tmp_path:
     [
         ({"num_hidden_layers": 2}, r"blocks \[2\] exist"),
         ({"num_hidden_layers": 4}, r"model\.layers\.3\.self_attn\.q_proj\.weight' is missing"),
+        ({"num_hidden_layers": 10**9}, r"says there are 1000000000 blocks, and the files hold 3"),
+        ({"attention_bias": True}, r"model\.layers\.0\.self_attn\.q_proj\.bias' is missing"),
+        ({"mlp_bias": True}, r"model\.layers\.0\.mlp\.down_proj\.bias' is missing"),
         ({"vocab_size": 95}, r"embed_tokens.*\[96, 32\], expected \[95, 32\]"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "big"}, "must be a whole number"),
@@ -176,6 +179,28 @@ def test_generic_leaves_routers_out(tmp_path: Path) -> None:
     names = {x.name for x in read_anatomy(Checkpoint.open(tmp_path), generic=True).linears()}
     assert "model.layers.0.mlp.gate" not in names
     assert "model.layers.0.mlp.experts.0.gate_proj" in names
+
+
+@pytest.mark.parametrize(("name", "key"), [("mixtral", "num_local_experts"), ("llama", "num_hidden_layers")])
+def test_a_number_that_the_files_cannot_hold_is_told_at_once(tmp_path: Path, name: str, key: str) -> None:
+    write_model(name, tmp_path)
+    change_config(tmp_path, **{key: 10**9})
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match=r"missing|1000000000"):
+        read_anatomy(checkpoint)
+    if key == "num_hidden_layers":
+        with pytest.raises(CheckpointError, match="num_hidden_layers = 1000000000"):
+            read_anatomy(checkpoint, generic=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"), [("gpt2", "h.0.attn.c_attn.bias"), ("gpt_neox", "layers.1.attention.dense.bias")]
+)
+def test_a_bias_that_the_architecture_always_has_is_missed(tmp_path: Path, name: str, bias: str) -> None:
+    write_model(name, tmp_path)
+    change_tensors(tmp_path, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith(bias)})
+    with pytest.raises(CheckpointError, match=rf"{bias}' is missing"):
+        read_anatomy(Checkpoint.open(tmp_path))
 
 
 def test_generic_needs_numbered_blocks(plain: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -206,6 +207,23 @@ def test_a_missing_shard_and_a_lying_index_are_named(sharded: Path, tmp_path: Pa
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 288 + ".safetensors", "a\0b.safetensors", "\ud800.safetensors", "a/b.safetensors"]
+)
+def test_a_shard_name_that_no_file_can_have_is_refused(plain: Path, name: str) -> None:
+    (plain / INDEX).write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    with pytest.raises(CheckpointError, match="not a safetensors file in the folder"):
+        Checkpoint.open(plain)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_a_pipe_in_place_of_a_file_does_not_hang(plain: Path, name: str) -> None:
+    (plain / name).unlink()
+    os.mkfifo(plain / name)
+    with pytest.raises(CheckpointError, match=rf"{name}.*no regular file"):
+        Checkpoint.open(plain)
+
+
 def test_one_tensor_in_two_shards_is_refused(plain: Path) -> None:
     shutil.copy(plain / SINGLE, plain / "second.safetensors")
     (plain / INDEX).write_text(json.dumps({"weight_map": {"a.weight": SINGLE, "b.weight": "second.safetensors"}}))
@@ -263,7 +281,7 @@ def test_a_flipped_bit_in_a_weight_is_found_by_its_hash(plain: Path) -> None:
     data = bytearray((plain / SINGLE).read_bytes())
     data[checkpoint.entries["b.weight"].start + 5] ^= 1
     (plain / SINGLE).write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"'b\.weight' in shard model\.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"'b\.weight' in shard model\.safetensors is damaged.*--fresh"):
         Checkpoint.open(plain).verify_hashes()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fettle.data.tokenizer import load_tokenizer
 from fettle.errors import CheckpointError, ModelError, NonFiniteError
 from fettle.layers import QuantizedLinear
 from fettle.models.anatomy import read_anatomy
@@ -109,6 +110,61 @@ def test_a_bias_that_is_missing_is_named(tmp_path: Path, tiny_qwen: Path) -> Non
     save_file(tensors, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=r"self_attn\.k_proj\.bias' is missing"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_a_bias_that_the_config_promises_is_missed_beside_codes_too(llama: Path, tmp_path: Path, generic: bool) -> None:
+    write_compressed(llama, tmp_path, lambda x, _: make_scheme(4, "group", 4) if x.block is not None else None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    with pytest.raises(CheckpointError, match=r"self_attn\.[qk]_proj\.bias' is missing"):
+        load(tmp_path, generic=generic)
+
+
+def test_a_nan_in_a_bias_beside_codes_is_named(tmp_path: Path, tiny_qwen: Path) -> None:
+    write_compressed(tiny_qwen, tmp_path, lambda x, _: make_scheme(4, "group", 4) if x.block == 1 else None)
+    tensors = load_file(tmp_path / SINGLE)
+    tensors["model.layers.1.self_attn.k_proj.bias"][2] = float("nan")
+    save_file(tensors, tmp_path / SINGLE)
+    with pytest.raises(NonFiniteError, match=r"k_proj\.bias.*block 1"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["x", [1, "x"], 5.5, {"a": 1}])
+def test_generation_settings_that_cannot_be_are_named(copy: Path, ends: object) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged: eos_token_id"):
+        load(copy)
+
+
+def test_a_padding_token_outside_the_vocabulary_is_named(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"pad_token_id": 999_999}))
+    with pytest.raises(ModelError, match=r"config\.json.*[Pp]adding_idx must be within"):
+        load(copy)
+
+
+@pytest.mark.parametrize("fields", [{"head_dim": 7.5}, {"rope_scaling": {"type": "nosuch"}}, {"hidden_act": "nosuch"}])
+def test_what_transformers_cannot_build_is_a_bad_model(copy: Path, fields: dict[str, object]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load(copy)
+
+
+def test_a_tokenizer_that_may_not_be_read_is_not_called_damaged(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("Can't load tokenizer")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refused)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for read in (load, load_tokenizer):
+        with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read \(Permission denied\)"):
+            read(tiny_llama)
 
 
 def test_an_architecture_that_transformers_lacks_says_so(copy: Path) -> None:

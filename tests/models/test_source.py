@@ -15,10 +15,19 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert source.resolve(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("word", ["./nowhere", "/nowhere/at/all", "nowhere", "../a/b", "a b/c", ""])
+@pytest.mark.parametrize(
+    "word",
+    ["./nowhere", "/nowhere/at/all", "~nosuch/x", "nowhere", "../a/b", "a b/c", ""],
+)
 def test_what_is_no_folder_and_no_hub_id_says_what_to_give(word: str) -> None:
     with pytest.raises(ModelError, match="hub id"):
         source.resolve(word if word else "does-not-exist")
+
+
+@pytest.mark.parametrize("word", ["models/run--1", "a/b..c", "a/-b"])
+def test_a_mistyped_path_that_looks_like_a_hub_id_is_one_sentence(word: str) -> None:
+    with pytest.raises(ModelError, match=f"there is no folder '{word}' here.*Check the path"):
+        source.resolve(word)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,63 @@ def test_what_cannot_be_is_refused_with_the_reason(recipe, told):
         parse_recipe(recipe, "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("name: 2024-99-01", "month must be in 1..12"),
+        ("steps: " + "[" * 500, "r.yaml"),
+        ("steps: " + "[" * 5000, "r.yaml"),
+        ("[*500", "r.yaml"),
+        ("seed: " + "9" * 5000, "r.yaml"),
+        ("steps: [{method: gptq, bits: 0x" + "f" * 5000 + "}]", "r.yaml"),
+        ('name: "\\ud800"', "surrogates not allowed"),
+        ("steps: [{method: gptq, bits: 4, bits: 3}]", "the key 'bits' stands twice"),
+        ("name: a\nname: b", "the key 'name' stands twice"),
+        ("? [1]\n: 2", "r.yaml"),
+        ("? {a: 1}\n: 2", "r.yaml"),
+        (b"name: \xff", "no YAML"),
+        ("steps: &a [*a]", "a step is a mapping"),
+    ],
+)
+def test_what_is_no_yaml_or_means_two_things_is_refused(tmp_path, content, told):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(path)
+
+
+def test_anchors_and_merges_mean_what_yaml_says(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("steps:\n- &a {method: gptq, bits: 4}\n- {<<: *a, bits: 3, where: {role: down}}\n")
+    assert [step.method.bits for step in load_recipe(path).steps] == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"where": {"role": 5}}, "'role' is a name or a list of names, got 5"),
+        ({"where": {"role": {"a": 1}}}, "'role' is a name or a list of names"),
+    ],
+)
+def test_a_role_is_a_word(changes, told):
+    with pytest.raises(RecipeError, match=told):
+        parse_recipe({"steps": [GPTQ | changes]}, "r.yaml")
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**80, -1])
+def test_a_seed_is_what_a_generator_takes(seed):
+    with pytest.raises(RecipeError, match=f"seed={seed}"):
+        parse_recipe({"steps": [GPTQ], "calibration": {"seed": seed}}, "r.yaml")
+    parse_recipe({"steps": [GPTQ], "calibration": {"seed": 2**63 - 1}}, "r.yaml")
+
+
+def test_none_is_spelled_in_yaml_as_in_the_help(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("steps:\n- {method: gptq, bits: 4, group_size: none}\n")
+    (step,) = load_recipe(path).steps
+    assert step.method.group_size is None
+
+
 @given(st.sets(st.integers(0, 11), min_size=1))
 def test_blocks_name_exactly_what_they_list(chosen):
     assert parse_blocks(",".join(str(c) for c in chosen), 12) == chosen

@@ -15,13 +15,16 @@ import pytest
 import torch
 
 import fettle
-from fettle.errors import CheckpointError, DiskFullError, NonFiniteError, ResumeError, UsageError
+from fettle.errors import CheckpointError, DiskFullError, ModelError, NonFiniteError, ResumeError, UsageError
 from fettle.models.checkpoint import Checkpoint
 from fettle.pipeline.journal import run_folder
 from fettle.pipeline.recipe import parse_recipe
 from fettle.pipeline.run import prepare
 
+from ..parity.tiny_models import TINY, write_model
 from .conftest import digests, make_recipe
+
+PLAIN = parse_recipe({"name": "plain", "steps": [{"method": "round_to_nearest"}]}, "test")
 
 
 def test_the_written_folder_is_whole_and_says_what_it_is(tiny_llama, small_recipe, tmp_path):
@@ -262,6 +265,121 @@ def test_the_base_is_never_written_to(tiny_llama, small_recipe):
         with pytest.raises(UsageError, match="model's own folder"):
             fettle.compress(tiny_llama, output, small_recipe, evaluate=False)
     assert digests(tiny_llama) == before
+
+
+def test_a_base_that_lies_where_the_run_folder_would_is_refused(tiny_llama, small_recipe, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "m.run")
+    before = digests(tmp_path / "m.run")
+    with pytest.raises(UsageError, match="model's own folder"):
+        fettle.compress(tmp_path / "m.run", tmp_path / "m", small_recipe, evaluate=False)
+    assert digests(tmp_path / "m.run") == before
+
+
+def test_a_finished_run_still_does_what_is_asked_of_it_later(tiny_llama, tmp_path):
+    out, page = tmp_path / "out", tmp_path / "deep" / "page.html"
+    first = fettle.compress(tiny_llama, out, PLAIN, evaluate=False)
+    assert first.evaluation is None and first.summary["completions"] == []
+    again = fettle.compress(tiny_llama, out, PLAIN, evaluate=True, report=page, prompt="def fox")
+    assert again.resumed_whole and again.evaluation is not None and page.is_file()
+    assert [pair["prompt"] for pair in again.summary["completions"]] == ["def fox"]
+    assert "KL to the original" in (out / "README.md").read_text()
+    assert json.loads((out / "fettle.json").read_text())["results"]["kl_mean"] == again.evaluation.kl_mean
+    Checkpoint.open(out).verify_hashes()
+    assert fettle.compress(tiny_llama, out, PLAIN, evaluate=False).evaluation == again.evaluation
+
+
+def test_what_generic_wrote_loads_without_being_told(tiny_llama, tmp_path):
+    out = tmp_path / "out"
+    fettle.compress(tiny_llama, out, PLAIN, generic=True, evaluate=False)
+    loaded = fettle.load(out)
+    assert loaded.anatomy.family == "generic"
+    assert fettle.generate(loaded, "def fox", max_new_tokens=2) is not None
+
+
+def test_a_mask_of_minus_infinity_refuses_nothing(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    write_model("gpt2", tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    masks = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-torch.inf).half() for i in range(3)}
+    save_file(load_file(path) | masks, path, metadata={"format": "pt"})
+    fettle.compress(tmp_path / "base", tmp_path / "out", PLAIN, evaluate=False)
+    kept = Checkpoint.open(tmp_path / "out").read("transformer.h.0.attn.masked_bias")
+    assert torch.isinf(kept).all()
+
+
+def test_the_context_of_a_gpt2_is_known_by_its_own_name(tiny_llama, text_file, tmp_path):
+    base = tmp_path / "base"
+    with_tokenizer("gpt2", tiny_llama, base)
+    with pytest.raises(UsageError, match="calibration length=65; this model's context holds 64"):
+        calibration = {"windows": 2, "length": 65, "text": str(text_file)}
+        recipe = parse_recipe({"steps": [{"method": "gptq"}], "calibration": calibration}, "t")
+        fettle.compress(base, tmp_path / "gptq", recipe, evaluate=False)
+    with pytest.raises(UsageError, match="length=65; this model's context holds 64"):
+        fettle.evaluate(base, text=text_file, length=65)
+    made = fettle.compress(base, tmp_path / "out", PLAIN, evaluate=True)
+    assert made.evaluation is not None and made.evaluation.window_tokens == 64
+
+
+def test_the_card_of_an_encoder_names_a_class_that_loads_it(tmp_path):
+    write_model("bert", tmp_path / "base")
+    recipe = parse_recipe({"steps": [{"method": "round_to_nearest", "group_size": 4}]}, "test")
+    fettle.compress(tmp_path / "base", tmp_path / "out", recipe, evaluate=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModel.from_pretrained" in card and "AutoModelForCausalLM" not in card
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"evaluate": True}, r"base has no tokenizer files.*--no-evaluate"),
+        ({"prompt": "def fox"}, r"base has no tokenizer files"),
+        ({"report": "."}, r"the page \. cannot be written"),
+    ],
+)
+def test_what_would_fail_after_the_work_is_refused_before_it(tmp_path, asked, told):
+    write_model("llama", tmp_path / "base")
+    with pytest.raises(UsageError, match=told):
+        fettle.compress(tmp_path / "base", tmp_path / "out", PLAIN, **asked)
+    assert not (tmp_path / "out").exists() and not run_folder(tmp_path / "out").exists()
+    assert fettle.compress(tmp_path / "base", tmp_path / "out", PLAIN).evaluation is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "asked", "told"),
+    [
+        ("llama", {"vocab_size": 40}, {"evaluate": True}, r"base cannot be measured: token id \d+ is outside"),
+        ("llama", {"vocab_size": 40}, {"prompt": "def fox"}, r"token id \d+ is outside the embedding of 40 rows"),
+        ("llama", {}, {"prompt": "fox " * 200}, r"the prompt has \d+ tokens; this model's context holds 64.*base"),
+        ("llama", {}, {"prompt": "fox \udcff"}, "not UTF-8"),
+        ("bert", {}, {"prompt": "def fox"}, "is an encoder"),
+    ],
+)
+def test_a_base_that_cannot_be_measured_or_asked_is_named_before_the_work(
+    tiny_llama, tmp_path, name, changes, asked, told
+):
+    with_tokenizer(name, tiny_llama, tmp_path / "base", **changes)
+    with pytest.raises(UsageError, match=told):
+        fettle.compress(tmp_path / "base", tmp_path / "out", PLAIN, **({"evaluate": False} | asked))
+    assert not (tmp_path / "out").exists()
+
+
+def with_tokenizer(name, source, folder, **changes):
+    """The tiny model `name`, as wide a vocabulary as the tokenizer of `source`, and that tokenizer."""
+    import transformers
+
+    class_name, fields = TINY[name]
+    settings = {**fields, "vocab_size": 320, **changes}
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    getattr(transformers, class_name)(config).save_pretrained(folder)
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, folder)
+
+
+def test_products_that_nobody_sees_are_refused_not_guessed(tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: x @ self.weight.T)
+    with pytest.raises(ModelError, match="no product with the weights"):
+        fettle.compress(tiny_llama, tmp_path / "out", make_recipe(text_file), generic=True, evaluate=False)
 
 
 def test_calibration_that_cannot_be_is_refused_before_any_work(tiny_llama, text_file, tmp_path):

@@ -105,12 +105,31 @@ def test_result_files_are_read_and_others_refused(tmp_path):
     for name, content, told in (
         ("none.json", None, "No such file"), ("text.json", "hello", "no JSON"), ("list.json", "[1]", "no result"),
         ("later.json", json.dumps(compression() | {"schema": 7}), "schema 1"),
+        ("number.json", '{"schema": 1, "kind": "evaluation", "evaluation": 5}', "no result"),
+        ("summary.json", '{"schema": 1, "summary": 5}', "no result"), ("deep.json", "[" * 100_000, "no JSON"),
     ):  # fmt: skip
         path = tmp_path / name
         if content is not None:
             path.write_text(content)
         with pytest.raises(UsageError, match=told):
             read_document(path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kl_histogram": {"edges": [], "counts": [1]}}, {"kl_mean": "x"}, {"error_by_block": [float("nan")]},
+        {"worst_tokens": [5]}, {"bytes": 10**400}, {"kl_histogram": {"edges": [0, 0], "counts": [0]}},
+        {"reference_bytes": []},
+    ],
+)  # fmt: skip
+def test_odd_values_inside_of_a_result_are_a_usage_error_or_a_page(odd):
+    document = compression()
+    document["evaluation"] = document["evaluation"] | odd
+    try:
+        assert "</html>" in render([document])
+    except UsageError as error:
+        assert "not whole" in str(error)
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):

@@ -10,17 +10,28 @@ import typer
 
 from fettle import api
 from fettle.cli.flags import with_flags
-from fettle.cli.options import Device, Generic, Json, MethodChoice, Model, RecipeChoice, ReportPath, Threads
+from fettle.cli.options import Candidates, Device, Generic, Json, MethodChoice, Model, RecipeChoice, ReportPath, Threads
 from fettle.cli.output import console, duration, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
 from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags
+from fettle.errors import UsageError
+from fettle.search.budget import Budget, parse_size
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 Measure = Annotated[
     bool | None,
     typer.Option("--evaluate/--no-evaluate", help="Measure the written model; default: if it takes under a minute."),
+]
+
+Bits = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Bits a weight of the compressed linears; each gets the scheme that keeps most."),
+]
+Size = Annotated[str | None, typer.Option(metavar="SIZE", help="The same for the weights' files: 2GB, 750MB.")]
+Free = Annotated[
+    bool, typer.Option("--free-fused", help="With a budget: let query, key and value, and gate and up, differ.")
 ]
 
 
@@ -30,6 +41,10 @@ def run(
     output: Output,
     recipe: RecipeChoice = None,
     method: MethodChoice = None,
+    bits_per_weight: Bits = None,
+    size: Size = None,
+    candidate: Candidates = None,
+    free_fused: Free = False,
     device: Device = "cpu",
     threads: Threads = None,
     fresh: Fresh = False,
@@ -49,7 +64,11 @@ def run(
       fettle compress demo -o small --recipe gptq-4bit
       fettle compress ./llama -o llama-4bit --method gptq --bits 4 --group-size 32 --asymmetric \\
           --calibration text.txt --windows 128 --length 256 --seed 0
+      fettle compress demo -o small --bits-per-weight 3.5
     """
+    budget = _budget(bits_per_weight, size, candidate, free_fused)
+    if budget is not None and (recipe is not None or method is not None):
+        raise UsageError("--bits-per-weight and --size choose the recipe; leave out --recipe and --method")
     chosen = chosen_recipe(recipe, method, fields)
     note = calibration_note(chosen)
     if note:
@@ -63,6 +82,7 @@ def run(
         fresh=fresh,
         evaluate=evaluate,
         generic=generic,
+        budget=budget,
         report=report,
         progress=progress(json=json),
         command=command_line(sys.argv[1:]),
@@ -79,6 +99,21 @@ def run(
         )
         return
     _print(made.summary, made.folder, made.report_path, made.resumed_whole)
+
+
+def _budget(bits: float | None, size: str | None, candidates: list[str] | None, free: bool) -> Budget | None:
+    if bits is None and size is None:
+        if candidates or free:
+            raise UsageError(
+                "--candidate and --free-fused belong to a budget; give --bits-per-weight or --size as well"
+            )
+        return None
+    budget = Budget(
+        bits_per_weight=bits, size_bytes=None if size is None else parse_size(size),
+        candidates=tuple(candidates or ()), fused="free" if free else "together",
+    )  # fmt: skip
+    budget.validate()
+    return budget
 
 
 def _print(summary: dict[str, Any], folder: Path, report: Path, finished: bool) -> None:

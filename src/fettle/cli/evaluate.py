@@ -15,8 +15,9 @@ from fettle.cli.output import console, emit_json, number, show, table
 from fettle.cli.progress import progress
 from fettle.cli.quality import evaluation_table
 from fettle.cli.recipe_choice import command_line
-from fettle.errors import UsageError
+from fettle.errors import FettleError, UsageError
 from fettle.evaluate.result import check_gate
+from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
 Reference = Annotated[str | None, typer.Option(metavar="BASE", help="The original model, to measure what was lost.")]
@@ -57,6 +58,9 @@ def run(
         raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
     if no_report and report is not None:
         raise UsageError("--report and --no-report exclude each other; give one of them")
+    page = None if no_report else report or PAGE
+    if page is not None:
+        require_writable(page)
     if text is None:
         print("No --text given: the embedded held-out text (Python source code) is measured.", file=sys.stderr)
     measured = api.evaluate(
@@ -71,11 +75,14 @@ def run(
         progress=progress(json=json),
     )
     found = measured.to_json()
-    page = None if no_report else report or PAGE
     command = command_line(sys.argv[1:])
+    failed = None
     if page is not None:
         result = {"schema": 1, "kind": "evaluation", "model": model, "reference": reference, "command": command}
-        write_report(page, [{**result, "evaluation": found}])
+        try:
+            write_report(page, [{**result, "evaluation": found}])
+        except FettleError as error:  # the numbers took minutes: they are shown whatever becomes of the page
+            failed, page = error, None
     if json:
         named = {"model": model, "reference": reference, "command_line": command}
         emit_json("evaluate", {**named, **found, "report": page})
@@ -83,6 +90,8 @@ def run(
         _print(found, page)
     if max_kl is not None:
         check_gate(measured, max_kl)
+    if failed is not None:
+        raise failed
 
 
 def _print(found: Mapping[str, Any], page: Path | None) -> None:

@@ -13,8 +13,9 @@ from fettle import api
 from fettle.cli.flags import dataclass_flags, given, with_flags
 from fettle.cli.options import Device, Generic, Json, Model
 from fettle.cli.output import emit_json
-from fettle.engine.completion import complete_with, stream_completion
+from fettle.engine.completion import complete_with, require_text, stream_completion
 from fettle.engine.sampling import Sampling
+from fettle.errors import UsageError
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="How many tokens at most.", min=1)]
@@ -39,7 +40,7 @@ def run(
     names = [f.name for f in dataclasses.fields(Sampling)]
     sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
     sampling.check()
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else require_text(prompt)
     loaded = api.load(model, device=device, generic=generic)
     began = time.monotonic()
     if json:
@@ -50,3 +51,17 @@ def run(
     for piece in stream_completion(loaded, text, sampling, max_new_tokens=max_new_tokens):
         print(piece, end="", flush=True)
     print()
+
+
+def _standard_input() -> str:
+    """All of standard input, as UTF-8 text whatever the terminal's own encoding is."""
+    if sys.stdin is None:
+        raise UsageError("the prompt is -, and standard input is closed; give the prompt itself, or pipe it in")
+    raw = getattr(sys.stdin, "buffer", None)
+    try:
+        return str(sys.stdin.read()) if raw is None else raw.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it: "
+            "iconv -f <its encoding> -t utf-8"
+        ) from None

@@ -21,3 +21,9 @@ MethodChoice = Annotated[
     str | None, typer.Option("--method", metavar="NAME", help="One method for every linear, instead of a recipe.")
 ]
 ReportPath = Annotated[Path | None, typer.Option("--report", metavar="PATH", help="Where the HTML page goes.")]
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--candidate", metavar="TEXT", help='A method with its fields, "gptq bits=3 group_size=64"; give several.'
+    ),
+]

@@ -19,10 +19,26 @@ def quality_table(summary: Mapping[str, Any]) -> Table:
     rows = [
         ("size of the weights' files", size(summary["base"]["bytes"]), size(summary["output"]["bytes"])),
         *evaluation_rows(found),
+        *_budget_rows(summary.get("budget")),
         ("seconds to compress", NONE, number(summary["seconds"])),
         ("peak memory to compress", NONE, size(summary["peak_memory_bytes"])),
     ]
     return table("", ("", "before", "after"), rows, right=(1, 2))
+
+
+def _budget_rows(budget: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """What the budget's search predicted and measured, all on calibration text."""
+    if not budget:
+        return []
+    rows = [
+        ("KL on calibration text, predicted", NONE, number(budget["predicted_kl"])),
+        ("  the chosen mix, measured before writing", NONE, number(budget["measured_kl"])),
+        ("  the written files", NONE, number(budget["written_kl"])),
+    ]
+    uniform = budget["uniform"]
+    if uniform:
+        rows.append((f"  with {uniform['candidate']} in all linears", NONE, number(uniform["measured_kl"])))
+    return rows
 
 
 def evaluation_table(found: Mapping[str, Any]) -> Table:

@@ -10,6 +10,7 @@ import typer
 from fettle.cli.options import Json
 from fettle.cli.output import emit_json
 from fettle.errors import UsageError
+from fettle.report.atomic import require_writable
 from fettle.report.page import read_document, write_report
 
 Results = Annotated[list[Path], typer.Argument(metavar="RESULTS…", help="Folders that compress wrote, or JSON files.")]
@@ -23,6 +24,7 @@ def run(results: Results, output: Page = Path("report.html"), json: Json = False
     Example:
       fettle report small small-3bit evaluation.json -o report.html
     """
+    require_writable(output)
     found = [read_result(path) for path in results]
     write_report(output, found)
     if json:
@@ -40,7 +42,7 @@ def read_result(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         document = read_document(path)
         if document.get("kind") == "evaluation":  # `command` is the verb there; the page wants the whole line
-            document["command"] = document["evaluation"].get("command_line", "")
+            document["command"] = (document.get("evaluation") or {}).get("command_line", "")
         return document
     places = [path / "summary.json", path.with_name(f"{path.resolve().name}.run") / "summary.json"]
     found = next((place for place in places if place.is_file()), None)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fettle.errors import ModelError
+from fettle.errors import ModelError, require_readable
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether `folder` holds a tokenizer."""
-    return any((Path(folder) / name).exists() for name in _FILES)
+    return any((Path(folder) / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -27,4 +27,5 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the libraries underneath raise all kinds, down to a bare Exception for bad JSON
+        require_readable(Path(folder), _FILES)
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}. Download the model again.") from error

@@ -57,11 +57,13 @@ def read_text(path: str | Path | None = None, *, variant: str = "calibration") -
         file = Path(str(importlib.resources.files("fettle.models"))) / "reference" / EMBEDDED[variant]
         source = f"embedded {variant} text"
     else:
-        file, source = Path(path).expanduser(), str(path)
+        file, source = Path(path), str(path)
     try:
+        file = file.expanduser()
         data = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"the text {source} cannot be read ({error.strerror}). Give a UTF-8 text file.") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"the text {source} cannot be read ({why}). Give a UTF-8 text file.") from error
     try:
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:

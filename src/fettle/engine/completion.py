@@ -19,6 +19,7 @@ from fettle.engine.sampling import Sampling, next_token
 from fettle.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from fettle.models.anatomy import Anatomy
     from fettle.models.loading import LoadedModel
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders put for half a character
@@ -73,15 +74,48 @@ def stream_completion(
     sampling.check()
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not loaded.anatomy.causal:
-        raise UsageError(f"a {loaded.anatomy.family} model is an encoder: it cannot complete text")
-    ids = prompt_ids(loaded.tokenizer, prompt)
-    context = int(getattr(loaded.model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens)
-    if len(ids) >= context:
+    if loaded.anatomy.causal and loaded.model.get_output_embeddings() is None:
         raise UsageError(
-            f"the prompt has {len(ids)} tokens; this model's context holds {context}, one less for a prompt"
+            f"{loaded.folder} is a {type(loaded.model).__name__}, which has no language-model head: it cannot complete "
+            "text; give a model whose config.json names a class such as LlamaForCausalLM"
         )
+    held = getattr(loaded.model.config, "max_position_embeddings", None)
+    ids = checked_prompt(str(loaded.folder), loaded.anatomy, loaded.tokenizer, held, prompt)
+    context = int(held or len(ids) + max_new_tokens)
     return _stream(loaded, ids, sampling, min(max_new_tokens, context - len(ids)), max_new_tokens)
+
+
+def checked_prompt(model: str, anatomy: Anatomy, tokenizer: Any, context: int | None, prompt: str) -> list[int]:
+    """The token ids of a prompt that `model` can complete.
+
+    Raises:
+        UsageError: an encoder, a model without a tokenizer or with that of another model, or a prompt that cannot be.
+    """
+    if not anatomy.causal:
+        raise UsageError(f"a {anatomy.family} model is an encoder: it cannot complete text")
+    if tokenizer is None:
+        raise UsageError(
+            f"{model} has no tokenizer files, and a prompt can only be completed as tokens; add them to it"
+        )
+    ids = prompt_ids(tokenizer, require_text(prompt))
+    if context and len(ids) >= context:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens; this model's context holds {context}, one less for a prompt ({model})"
+        )
+    anatomy.require_rows(min(ids), max(ids))
+    return ids
+
+
+def require_text(prompt: str) -> str:
+    """The prompt; raises UsageError for one that is no text, such as bytes of a command line that are not UTF-8."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not UTF-8 text ({prompt[error.start]!r} at character {error.start}); convert it: iconv -t "
+            "utf-8"
+        ) from None
+    return prompt
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

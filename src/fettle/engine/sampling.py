@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fettle.errors import UsageError
 
+COLDEST = 1e-30  # temperatures below it are the same: the likeliest token
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -46,7 +48,8 @@ class Sampling:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution that a token is drawn from: float32 [vocab], sums to 1. Needs a temperature above 0."""
-    scaled = logits.float() / sampling.temperature  # [vocab]
+    # From the largest down, so that a temperature near nothing gives -inf for the others and never NaN.
+    scaled = (logits.float() - logits.float().max()) / max(sampling.temperature, COLDEST)  # [vocab]
     if sampling.top_k is not None and sampling.top_k < scaled.numel():
         kept = scaled.topk(sampling.top_k).indices
         scaled = torch.full_like(scaled, float("-inf")).scatter(0, kept, scaled[kept])
@@ -54,7 +57,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = chances.sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered  # what the likelier tokens hold already
-        ordered = torch.where(before < sampling.top_p, ordered, 0)
+        kept = before < sampling.top_p
+        kept[0] = True  # a top_p smaller than float32 can tell from 0 still leaves the likeliest
+        ordered = torch.where(kept, ordered, 0)
         chances = torch.zeros_like(chances).scatter(0, order, ordered)
         chances = chances / chances.sum()
     return chances

@@ -46,6 +46,11 @@ def measure_tokens(logits: Tensor, targets: Tensor, reference_logits: Tensor | N
     return concatenate(rows)
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each row, float64 [tokens], for two tables of log-probabilities [tokens, vocab]."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64).clamp_(min=0)
+
+
 def concatenate(parts: list[TokenMeasures]) -> TokenMeasures:
     """Several measures as one, in order."""
 
@@ -72,7 +77,7 @@ def _measure_tile(logits: Tensor, targets: Tensor, reference: Tensor | None) -> 
         return TokenMeasures(loss=-right_q, predicted=predicted)
     log_p = torch.log_softmax(reference.float(), dim=-1)
     right_p = log_p.gather(1, targets[:, None])[:, 0].double()
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64).clamp_(min=0)
+    kl = kl_divergence(log_p, log_q)
     reference_predicted = log_p.argmax(dim=-1)
     return TokenMeasures(
         loss=-right_q,

@@ -24,6 +24,7 @@ from torch import Tensor
 from fettle.workers import Workers
 
 TILE = 512  # columns; fixed, so that the order of every sum is
+FEWEST_TOKENS = 0.25  # of a linear's inputs: a statistic over fewer would look like knowledge and be noise
 
 
 class Statistic(Protocol):

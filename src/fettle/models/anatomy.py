@@ -107,14 +107,14 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         self.checkpoint, self.family = checkpoint, family
         self.dims = dimensions(checkpoint.config, family)
-        architectures = checkpoint.config.get("architectures") or []
+        architectures = checkpoint.config.get("architectures") or []  # a list of names: read_config looked
         default = "" if family.causal else family.base_class  # an encoder without a named class has no head
         self.architecture = architectures[0] if architectures else default
         self.module_prefix = "" if self.architecture == family.base_class else family.prefix
         names = checkpoint.entries
         self.disk_prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
         self.problems: list[str] = []
-        self.block_pattern = re.compile(rf"^{re.escape(self.disk_prefix + family.blocks)}\.(\d+)\.")
+        self.block_pattern = re.compile(rf"^{re.escape(self.disk_prefix + family.blocks)}\.(\d{{1,9}})\.")
 
     def read(self) -> Anatomy:
         inside: dict[int, list[str]] = {}
@@ -122,10 +122,14 @@ class _Reader:
         for name in self.checkpoint.entries:
             match = self.block_pattern.match(name)
             inside.setdefault(int(match[1]), []).append(name) if match else outside.append(name)
-        extra = sorted(set(inside) - set(range(self.dims["layers"])))
+        layers = self.dims["layers"]
+        extra = sorted(index for index in inside if index >= layers)
         if extra:
-            self.problems.append(f"blocks {extra} exist, but config.json says there are {self.dims['layers']}")
-        blocks = tuple(self._block(index, inside.get(index, [])) for index in range(self.dims["layers"]))
+            self.problems.append(f"blocks {extra[:8]} exist, but config.json says there are {layers}")
+        if layers > len(inside):
+            self.problems.append(f"config.json says there are {layers} blocks, and the files hold {len(inside)}")
+        # One more than there are is enough to name what is missing, whatever number the config says.
+        blocks = tuple(self._block(index, inside.get(index, [])) for index in range(min(layers, len(inside) + 1)))
         embedding = self._embedding()
         head, tied = self._head(embedding)
         for name, expression in self.family.outside:
@@ -179,7 +183,7 @@ class _Reader:
                 is_moe or any(r.kind == "dense" for r in self.family.rows)
             ):
                 continue
-            count = evaluate_shape("experts", self.dims) if "{e}" in row.name else 1
+            count = min(evaluate_shape("experts", self.dims), len(names) + 1) if "{e}" in row.name else 1
             linears += [self._linear(row, index, disk, module, e if "{e}" in row.name else None) for e in range(count)]
         for name, expression in self.family.vectors:
             self._check(disk + name, self._vector_shape(expression))
@@ -190,6 +194,8 @@ class _Reader:
         out, into = (evaluate_shape(part, self.dims) for part in row.shape)
         transposed = self.family.transposed
         self._check(f"{name}.weight", (into, out) if transposed else (out, into))
+        if self.checkpoint.config.get(row.bias[0], row.bias[1]):
+            self._check(f"{name}.bias", (out,))
         parameter = self._parameter(f"{name}.weight") if row.parameter is None else f"{module}.{row.parameter}"
         rows = None if row.half is None else (row.half * out, (row.half + 1) * out)
         return Linear(

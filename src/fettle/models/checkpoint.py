@@ -14,10 +14,9 @@ Refused, never executed: pickles (`pytorch_model.bin`, `*.pt`, …: unpickling r
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ import torch
 from torch import Tensor
 
 from fettle.errors import CheckpointError, NonFiniteError
+from fettle.models.config_file import read_config, read_json
 from fettle.models.header import TensorEntry, read_header
 
 __all__ = ["Checkpoint", "TensorEntry", "check_finite"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CHUNK_BYTES = 4 << 20
+MAX_NAME_BYTES = 255  # of a file, on every file system of today
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -54,7 +55,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder} is not a folder. Give a local model folder, a hub id (org/name) or 'demo'."
             )
-        config = read_json(folder / "config.json")
+        config = read_config(folder)
         _refuse_remote_code(folder, config)
         shards = _find_shards(folder)
         entries: dict[str, TensorEntry] = {}
@@ -148,7 +149,8 @@ class Checkpoint:
             if self.tensor_sha256(name) != expected:
                 raise CheckpointError(
                     f"tensor {name!r} in shard {entry.shard} is damaged: its SHA-256 is not the one that fettle.json "
-                    f"recorded when it was written. Copy the folder again, or compress the model again. ({self.folder})"
+                    "recorded when it was written. Copy the folder again, or compress the model again with --fresh. "
+                    f"({self.folder})"
                 )
         return len(recorded)
 
@@ -157,14 +159,6 @@ def recorded_hashes(record: dict[str, Any] | None) -> dict[str, str]:
     """Tensor name → SHA-256 of its bytes, out of the `tensors` of a `fettle.json`."""
     tensors = (record or {}).get("tensors")
     return {str(name): str(digest) for name, digest in tensors.items()} if isinstance(tensors, dict) else {}
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """The tokens that a model's context holds, under the name that its family gives it; None where it says none."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return None
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -185,21 +179,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
         f"tensor {name!r} ({where}) holds {int(bad.sum())} values that are NaN or infinite, the first at {first}. "
         "The file is damaged or the model diverged in training; get a sound copy of it."
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises `CheckpointError` where it is missing or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}. A model is a Hugging Face folder; check the path."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds {type(content).__name__}, not a JSON object.")
-    return content
 
 
 def file_sha256(path: Path) -> str:
@@ -264,12 +243,18 @@ def _find_shards(folder: Path) -> tuple[str, ...]:
 
 def _check_shard_names(folder: Path, names: Iterable[str]) -> None:
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):  # "../x" must not leave the folder
+        if not _is_file_name(name) or not name.endswith(".safetensors"):  # "../x" must not leave the folder
             raise CheckpointError(
-                f"{folder / INDEX} names the shard {name!r}, which is not a safetensors file in the folder."
+                f"{folder / INDEX} names the shard {name[:100]!r}, which is not a safetensors file in the folder."
             )
         if not (folder / name).is_file():
             raise CheckpointError(f"shard {name} is missing in {folder}, but {INDEX} names it. Download it again.")
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a file of this name could lie in a folder."""
+    length = len(name.encode("utf-8", errors="replace"))
+    return Path(name).name == name and length <= MAX_NAME_BYTES and name.isprintable()
 
 
 def _check_index(folder: Path, entries: dict[str, TensorEntry]) -> None:

@@ -9,7 +9,8 @@ How to read a row: `name` is the matrix's module name inside its block, as check
 stands for an expert's number. `reads` is the key of the activations it multiplies: rows with the same key share their
 statistics. `shape` is [out, in] in symbols (`q`: query heads × head size, `kv`: key-value heads × head size).
 `parameter` is where transformers 5 holds it when that is another place: experts live in one 3-D parameter, gate and up
-stacked in its halves.
+stacked in its halves. `bias` is the key of config.json that says whether it has a bias, and what holds where it is
+silent.
 
 A new family costs one `Family(...)` below and one line in the parity test.
 """
@@ -46,6 +47,7 @@ class Row:
     parameter: str | None = None
     half: int | None = None
     kind: Literal["any", "dense", "moe"] = "any"
+    bias: tuple[str, bool] = ("", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +74,33 @@ class Family:
     blocks_return_tuple: bool = False
 
 
-def _attention(prefix: str = "self_attn.", output: str = "o_proj") -> tuple[Row, ...]:
+_ALWAYS, _NEVER = ("", True), ("", False)
+_AS_ATTENTION_SAYS, _AS_MLP_SAYS = ("attention_bias", False), ("mlp_bias", False)
+
+
+def _attention(
+    prefix: str = "self_attn.",
+    output: str = "o_proj",
+    *,
+    bias: tuple[str, bool] = _NEVER,
+    output_bias: tuple[str, bool] | None = None,
+) -> tuple[Row, ...]:
     """Separate query, key and value: nearly every family since 2020."""
-    reads = f"{prefix}qkv"
+    reads, last = f"{prefix}qkv", bias if output_bias is None else output_bias
     return (
-        Row(name=f"{prefix}q_proj", role="query", reads=reads, shape=("q", "hidden")),
-        Row(name=f"{prefix}k_proj", role="key", reads=reads, shape=("kv", "hidden")),
-        Row(name=f"{prefix}v_proj", role="value", reads=reads, shape=("kv", "hidden")),
-        Row(name=f"{prefix}{output}", role="output", reads=f"{prefix}{output}", shape=("hidden", "q")),
+        Row(name=f"{prefix}q_proj", role="query", reads=reads, shape=("q", "hidden"), bias=bias),
+        Row(name=f"{prefix}k_proj", role="key", reads=reads, shape=("kv", "hidden"), bias=bias),
+        Row(name=f"{prefix}v_proj", role="value", reads=reads, shape=("kv", "hidden"), bias=bias),
+        Row(name=f"{prefix}{output}", role="output", reads=f"{prefix}{output}", shape=("hidden", "q"), bias=last),
     )
 
 
-def _gated_mlp(kind: Literal["any", "dense"] = "any") -> tuple[Row, ...]:
+def _gated_mlp(kind: Literal["any", "dense"] = "any", *, bias: tuple[str, bool] = _NEVER) -> tuple[Row, ...]:
     """down(activation(gate(x)) · up(x))."""
     return (
-        Row(name="mlp.gate_proj", role="gate", reads="mlp.gate_up", shape=("mlp", "hidden"), kind=kind),
-        Row(name="mlp.up_proj", role="up", reads="mlp.gate_up", shape=("mlp", "hidden"), kind=kind),
-        Row(name="mlp.down_proj", role="down", reads="mlp.down_proj", shape=("hidden", "mlp"), kind=kind),
+        Row(name="mlp.gate_proj", role="gate", reads="mlp.gate_up", shape=("mlp", "hidden"), kind=kind, bias=bias),
+        Row(name="mlp.up_proj", role="up", reads="mlp.gate_up", shape=("mlp", "hidden"), kind=kind, bias=bias),
+        Row(name="mlp.down_proj", role="down", reads="mlp.down_proj", shape=("hidden", "mlp"), kind=kind, bias=bias),
     )
 
 
@@ -113,7 +125,7 @@ LLAMA = Family(
     name="llama",
     model_types=("llama",),
     base_class="LlamaModel",
-    rows=_attention() + _gated_mlp(),
+    rows=_attention(bias=_AS_ATTENTION_SAYS) + _gated_mlp(bias=_AS_MLP_SAYS),
     vectors=_TWO_NORMS,
 )
 MISTRAL = Family(
@@ -127,19 +139,14 @@ QWEN2 = Family(
     name="qwen2",
     model_types=("qwen2",),
     base_class="Qwen2Model",
-    rows=_attention() + _gated_mlp(),
-    vectors=(
-        *_TWO_NORMS,
-        ("self_attn.q_proj.bias", "q"),
-        ("self_attn.k_proj.bias", "kv"),
-        ("self_attn.v_proj.bias", "kv"),
-    ),
+    rows=_attention(bias=_ALWAYS, output_bias=_NEVER) + _gated_mlp(),
+    vectors=_TWO_NORMS,
 )
 QWEN3 = Family(
     name="qwen3",
     model_types=("qwen3",),
     base_class="Qwen3Model",
-    rows=_attention() + _gated_mlp(),
+    rows=_attention(bias=_AS_ATTENTION_SAYS) + _gated_mlp(),
     vectors=_TWO_NORMS + _QK_NORMS,
     default_head_dim=128,
 )
@@ -159,7 +166,7 @@ GEMMA2 = Family(
     name="gemma2",
     model_types=("gemma2",),
     base_class="Gemma2Model",
-    rows=_attention() + _gated_mlp(),
+    rows=_attention(bias=_AS_ATTENTION_SAYS) + _gated_mlp(),
     vectors=(
         *_TWO_NORMS,
         ("pre_feedforward_layernorm.weight", "hidden"),
@@ -175,10 +182,10 @@ GPT2 = Family(
     prefix="transformer.",
     blocks="h",
     rows=(
-        Row(name="attn.c_attn", role="query_key_value", reads="attn.qkv", shape=("3hidden", "hidden")),
-        Row(name="attn.c_proj", role="output", reads="attn.c_proj", shape=("hidden", "hidden")),
-        Row(name="mlp.c_fc", role="up", reads="mlp.c_fc", shape=("mlp", "hidden")),
-        Row(name="mlp.c_proj", role="down", reads="mlp.c_proj", shape=("hidden", "mlp")),
+        Row(name="attn.c_attn", role="query_key_value", reads="attn.qkv", shape=("3hidden", "hidden"), bias=_ALWAYS),
+        Row(name="attn.c_proj", role="output", reads="attn.c_proj", shape=("hidden", "hidden"), bias=_ALWAYS),
+        Row(name="mlp.c_fc", role="up", reads="mlp.c_fc", shape=("mlp", "hidden"), bias=_ALWAYS),
+        Row(name="mlp.c_proj", role="down", reads="mlp.c_proj", shape=("hidden", "mlp"), bias=_ALWAYS),
     ),
     vectors=_GPT_NORMS,
     embedding="wte",
@@ -193,9 +200,9 @@ GPT_NEO = Family(
     prefix="transformer.",
     blocks="h",
     rows=(
-        *_attention("attn.attention.", "out_proj"),
-        Row(name="mlp.c_fc", role="up", reads="mlp.c_fc", shape=("mlp", "hidden")),
-        Row(name="mlp.c_proj", role="down", reads="mlp.c_proj", shape=("hidden", "mlp")),
+        *_attention("attn.attention.", "out_proj", output_bias=_ALWAYS),
+        Row(name="mlp.c_fc", role="up", reads="mlp.c_fc", shape=("mlp", "hidden"), bias=_ALWAYS),
+        Row(name="mlp.c_proj", role="down", reads="mlp.c_proj", shape=("hidden", "mlp"), bias=_ALWAYS),
     ),
     vectors=_GPT_NORMS,
     embedding="wte",
@@ -210,11 +217,21 @@ GPT_NEOX = Family(
     prefix="gpt_neox.",
     rows=(
         Row(
-            name="attention.query_key_value", role="query_key_value", reads="attention.qkv", shape=("3hidden", "hidden")
+            name="attention.query_key_value",
+            role="query_key_value",
+            reads="attention.qkv",
+            shape=("3hidden", "hidden"),
+            bias=("attention_bias", True),
         ),
-        Row(name="attention.dense", role="output", reads="attention.dense", shape=("hidden", "hidden")),
-        Row(name="mlp.dense_h_to_4h", role="up", reads="mlp.dense_h_to_4h", shape=("mlp", "hidden")),
-        Row(name="mlp.dense_4h_to_h", role="down", reads="mlp.dense_4h_to_h", shape=("hidden", "mlp")),
+        Row(
+            name="attention.dense",
+            role="output",
+            reads="attention.dense",
+            shape=("hidden", "hidden"),
+            bias=("attention_bias", True),
+        ),
+        Row(name="mlp.dense_h_to_4h", role="up", reads="mlp.dense_h_to_4h", shape=("mlp", "hidden"), bias=_ALWAYS),
+        Row(name="mlp.dense_4h_to_h", role="down", reads="mlp.dense_4h_to_h", shape=("hidden", "mlp"), bias=_ALWAYS),
     ),
     vectors=(*_TWO_NORMS, ("input_layernorm.bias", "hidden"), ("post_attention_layernorm.bias", "hidden")),
     embedding="embed_in",
@@ -235,7 +252,9 @@ QWEN3_MOE = Family(
     name="qwen3_moe",
     model_types=("qwen3_moe",),
     base_class="Qwen3MoeModel",
-    rows=_attention() + _gated_mlp("dense") + _experts("mlp", "gate_proj", "up_proj", "down_proj"),
+    rows=_attention(bias=_AS_ATTENTION_SAYS)
+    + _gated_mlp("dense")
+    + _experts("mlp", "gate_proj", "up_proj", "down_proj"),
     vectors=_TWO_NORMS + _QK_NORMS,
     default_head_dim=128,
 )
@@ -246,12 +265,32 @@ BERT = Family(
     prefix="bert.",
     blocks="encoder.layer",
     rows=(
-        Row(name="attention.self.query", role="query", reads="attention.self.qkv", shape=("hidden", "hidden")),
-        Row(name="attention.self.key", role="key", reads="attention.self.qkv", shape=("hidden", "hidden")),
-        Row(name="attention.self.value", role="value", reads="attention.self.qkv", shape=("hidden", "hidden")),
-        Row(name="attention.output.dense", role="output", reads="attention.output.dense", shape=("hidden", "hidden")),
-        Row(name="intermediate.dense", role="up", reads="intermediate.dense", shape=("mlp", "hidden")),
-        Row(name="output.dense", role="down", reads="output.dense", shape=("hidden", "mlp")),
+        Row(
+            name="attention.self.query",
+            role="query",
+            reads="attention.self.qkv",
+            shape=("hidden", "hidden"),
+            bias=_ALWAYS,
+        ),
+        Row(
+            name="attention.self.key", role="key", reads="attention.self.qkv", shape=("hidden", "hidden"), bias=_ALWAYS
+        ),
+        Row(
+            name="attention.self.value",
+            role="value",
+            reads="attention.self.qkv",
+            shape=("hidden", "hidden"),
+            bias=_ALWAYS,
+        ),
+        Row(
+            name="attention.output.dense",
+            role="output",
+            reads="attention.output.dense",
+            shape=("hidden", "hidden"),
+            bias=_ALWAYS,
+        ),
+        Row(name="intermediate.dense", role="up", reads="intermediate.dense", shape=("mlp", "hidden"), bias=_ALWAYS),
+        Row(name="output.dense", role="down", reads="output.dense", shape=("hidden", "mlp"), bias=_ALWAYS),
     ),
     vectors=(),
     embedding="embeddings.word_embeddings",

@@ -15,11 +15,13 @@ import re
 
 from fettle.errors import CheckpointError
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.families import DIMENSIONS
 from fettle.models.parts import CODE_SUFFIXES, Anatomy, Block, Linear, Slot
 
-_NUMBERED = re.compile(r"^(.*?)\.(\d+)\.")
+_NUMBERED = re.compile(r"^(.*?)\.(\d{1,9})\.")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
+MOST_SHARED_BLOCKS = 1000  # a few architectures run the same block many times
 _ROUTERS = re.compile(r"(^|[._])(router|gate|shared_expert_gate)$")
 
 
@@ -33,6 +35,7 @@ def read_generic(checkpoint: Checkpoint) -> Anatomy:
         raise CheckpointError(
             f"{checkpoint.folder}: no tensor lies under a numbered list of blocks, so --generic finds none."
         )
+    _refuse_a_tower(checkpoint)
     stem = max(sorted(lists), key=lambda key: len(lists[key]))
     inside: dict[int, list[str]] = {}
     for name in checkpoint.entries:
@@ -47,6 +50,17 @@ def read_generic(checkpoint: Checkpoint) -> Anatomy:
     tied = head is None and embedding is not None and bool(checkpoint.config.get("tie_word_embeddings", False))
     parameters = {name: name for name in checkpoint.entries}
     return Anatomy("generic", blocks, embedding, head, tied, outside, _is_causal(checkpoint), parameters)
+
+
+def _refuse_a_tower(checkpoint: Checkpoint) -> None:
+    """Raises `CheckpointError` for more blocks than there are tensors: the module tree would never be built."""
+    for key in DIMENSIONS["layers"]:
+        count = checkpoint.config.get(key)
+        if isinstance(count, int) and count > max(MOST_SHARED_BLOCKS, len(checkpoint.entries)):
+            raise CheckpointError(
+                f"config.json says {key} = {count}, and the files hold {len(checkpoint.entries)} tensors in all. Check "
+                f"that config.json belongs to these weights. ({checkpoint.folder})"
+            )
 
 
 def _is_causal(checkpoint: Checkpoint) -> bool:
@@ -81,8 +95,10 @@ def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
         return (entry.shape[0], entry.shape[1]) if len(entry.shape) == 2 else None
     if f"{module}.weight_shape" not in checkpoint.entries:
         return None
-    out, into = checkpoint.read(f"{module}.weight_shape").tolist()
-    return int(out), int(into)
+    told = checkpoint.read(f"{module}.weight_shape").flatten().tolist()
+    if len(told) != 2:
+        raise CheckpointError(f"tensor {f'{module}.weight_shape'!r} holds {len(told)} numbers; a shape has two.")
+    return int(told[0]), int(told[1])
 
 
 def _named(checkpoint: Checkpoint, outside: tuple[str, ...], words: tuple[str, ...], role: str) -> Linear | None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,15 @@ class TensorEntry:
     nbytes: int
 
     @property
+    def is_mask(self) -> bool:
+        """Whether this is a causal mask that old checkpoints carry under the name of a bias."""
+        return self.name.rpartition(".")[2] == "bias" and len(self.shape) == _MASK_DIMENSIONS
+
+    @property
     def is_buffer(self) -> bool:
         """Whether old checkpoints carry this beside the parameters: causal masks, rotary frequencies, position ids."""
         last = self.name.rpartition(".")[2]
-        is_mask = last == "bias" and len(self.shape) == _MASK_DIMENSIONS
-        return is_mask or last in _BUFFERS or not self.dtype.is_floating_point
+        return self.is_mask or last in _BUFFERS or not self.dtype.is_floating_point
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -82,7 +87,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises `CheckpointError`, naming file and tensor, where header and file do not agree.
     """
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise _damaged(path, "it is no regular file")
+        size = found.st_size
         with path.open("rb") as file:
             header = _parse_json(path, file.read(8), size, file.fileno())
     except OSError as error:

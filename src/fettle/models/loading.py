@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fettle.errors import CheckpointError, ModelError
+from fettle.errors import CheckpointError, ModelError, require_readable
 from fettle.layers import QuantizedLinear
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint, check_finite
+from fettle.models.config_file import check_token_ids, read_json
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter
 from fettle.models.parts import Linear
 from fettle.models.source import resolve
@@ -63,13 +64,14 @@ def load(
 
 def _tokenizer(folder: Path) -> Any:
     """As `data.load_tokenizer`, which this room may not know: the rooms of models and of text are on one floor."""
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the libraries underneath raise all kinds, down to a bare Exception for bad JSON
+        require_readable(folder, TOKENIZER_FILES)
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}. Download the model again.") from error
 
 
@@ -77,7 +79,12 @@ def _with_generation_settings(tree: nn.Module, folder: Path) -> nn.Module:
     if (folder / "generation_config.json").exists() and hasattr(tree, "generation_config"):
         from transformers import GenerationConfig
 
-        tree.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        path = folder / "generation_config.json"
+        check_token_ids(path, read_json(path))
+        try:
+            tree.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # as with the tokenizer: all kinds
+            raise ModelError(f"{path} cannot be used: {error}. Correct it, or download it again.") from error
     return tree
 
 
@@ -136,7 +143,13 @@ class _Filler:
         """Replaces the nn.Linear at `path` by one that keeps the codes."""
         quantized = read_quantized(self.checkpoint, linear, stored)
         bias = f"{linear.weight_name.removesuffix('.weight')}.bias"
-        value = self.checkpoint.read(bias).to(self.dtype) if bias in self.checkpoint.entries else None
+        value = None
+        if self.tree.get_submodule(path).bias is not None:  # what the model has no place for is left out
+            value = self.checkpoint.read(bias)
+            check_finite(bias, value)
+            if value.shape != (linear.shape[0],):
+                raise CheckpointError(f"tensor {bias!r} has shape {list(value.shape)}, expected [{linear.shape[0]}].")
+            value = value.to(self.dtype)
         swapped = QuantizedLinear.from_quantized(quantized, value, stored.storage).to(self.device)
         parent, _, leaf = path.rpartition(".")
         setattr(self.tree.get_submodule(parent), leaf, swapped)

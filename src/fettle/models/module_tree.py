@@ -19,6 +19,9 @@ from fettle.errors import ModelError
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
 
+#: what transformers raises for a config.json that cannot be; torch's layers assert
+_BAD_CONFIG = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+
 
 def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
     """The model of `checkpoint.config` in evaluation mode; parameters on meta, buffers on `device`.
@@ -27,6 +30,7 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
     """
     import transformers
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from huggingface_hub.errors import StrictDataclassError
 
     fields = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     try:
@@ -37,11 +41,11 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
             model: nn.Module = model_class._from_config(
                 config, dtype=dtype, attn_implementation="eager" if capped else None, experts_implementation="eager"
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*_BAD_CONFIG, StrictDataclassError) as error:
         raise ModelError(
             f"transformers {transformers.__version__} cannot build the model that config.json in {checkpoint.folder} "
-            f"describes: {error}. "
-            "Check model_type and architectures there, or install a transformers that knows them."
+            f"describes: {' '.join(str(error).split())}. Check that value there, model_type, architectures and the "
+            "token ids, or install a transformers that knows them."
         ) from error
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from fettle.errors import UsageError
+
 #: tensor-name endings that together stand for one matrix stored as codes
 CODE_SUFFIXES = (
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale",
@@ -70,6 +72,15 @@ class Anatomy:
         """The matrices of the blocks, in order; embedding and head are not among them."""
         for block in self.blocks:
             yield from block.linears
+
+    def require_rows(self, lowest: int, highest: int) -> None:
+        """Raises UsageError for token ids that are no rows of the embedding: the tokenizer is of another model."""
+        rows = self.embedding.shape[0] if self.embedding is not None else None
+        if rows is not None and not 0 <= lowest <= highest < rows:
+            wrong = highest if highest >= rows else lowest
+            raise UsageError(
+                f"token id {wrong} is outside the embedding of {rows} rows; the tokenizer is of another model."
+            )
 
     def find(self, name: str) -> Linear:
         """The linear called `name`, embedding and head included; KeyError if there is none."""

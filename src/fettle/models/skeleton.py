@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +32,9 @@ from fettle.models.anatomy import Anatomy, Block, Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter, release_parameters
 from fettle.models.storage import StoredScheme, read_weight, stored_schemes
-from fettle.models.tap import Enough, Tap
+from fettle.models.tap import Enough, ProductTap, Tap
 
-__all__ = ["Skeleton", "Tap"]
+__all__ = ["ProductTap", "Skeleton", "Tap"]
 
 BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -122,12 +121,7 @@ class Skeleton:
             raise UsageError(
                 "this model has no embedding that fettle can find; --generic cannot run it, only inspect it."
             )
-        last = int(used[-1])
-        if last >= linear.shape[0] or int(used[0]) < 0:
-            raise UsageError(
-                f"token id {last} is outside the embedding of {linear.shape[0]} rows; the tokenizer is of another "
-                "model."
-            )
+        self.anatomy.require_rows(int(used[0]), int(used[-1]))
         whole = self._replaced.get(linear.weight_name, self._embedding_table)
         if whole is None and linear.name in self.stored:
             whole = self._embedding_table = self._read(linear)
@@ -215,12 +209,17 @@ class Skeleton:
 
     def _addresses(self, block: Block) -> dict[int, str]:
         """Address of each weight as the model passes it to a product → the group of its inputs."""
-        found = {}
-        for linear in block.linears:
-            parameter = self._slot_parameter(linear)
-            found[(parameter if linear.slot.index is None else parameter[linear.slot.index]).data_ptr()] = (
-                linear.input_group
-            )
+        return {address: linears[0].input_group for address, linears in self.linears_by_address(block.index).items()}
+
+    def linears_by_address(self, index: int) -> dict[int, list[Linear]]:
+        """Address of each weight of the loaded block → its linears: more than one where they are rows of one
+        parameter.
+        """
+        found: dict[int, list[Linear]] = {}
+        for linear in self.anatomy.blocks[index].linears:
+            parameter = self.slot_parameter(linear)
+            held = parameter if linear.slot.index is None else parameter[linear.slot.index]
+            found.setdefault(held.data_ptr(), []).append(linear)
         return found
 
     def free_block(self, index: int) -> None:
@@ -228,37 +227,16 @@ class Skeleton:
         self._groups.pop(index, None)
         release_parameters(self._blocks[index])
 
-    @torch.no_grad()
     def run_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
-        """Hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read."""
-        return self._forward(index, hidden, tap)
+        """Hidden [1, tokens, hidden] through block `index`; `tap` gets what its matrices read.
 
-    @torch.enable_grad()
-    def weight_gradients(
-        self, index: int, hidden: Tensor, error: Callable[[Tensor], Tensor], linears: Sequence[Linear]
-    ) -> tuple[float, list[Tensor]]:
-        """`error` of the block's output, and its gradient for each weight as it stands in the block, [out, in].
-
-        Args:
-            index: a loaded block.
-            hidden: [1, tokens, hidden], what enters it.
-            error: the block's output [1, tokens, hidden] → a scalar.
-            linears: of this block. Several threads may ask at once: nothing is written.
+        A graph for gradients is kept only for a hidden that requires them.
         """
-        parameters = [self._slot_parameter(linear) for linear in linears]
-        distinct = list({id(p): p for p in parameters}.values())
-        value = error(self._forward(index, hidden, None))
-        found = torch.autograd.grad(value, distinct, allow_unused=True)  # an expert may have seen no token
-        by_parameter = {id(p): torch.zeros_like(p) if g is None else g for p, g in zip(distinct, found, strict=True)}
-        gradients = [self._part(by_parameter[id(p)], li) for p, li in zip(parameters, linears, strict=True)]
-        return float(value.detach()), gradients
+        with torch.set_grad_enabled(hidden.requires_grad):
+            return self.run_block_as_is(index, hidden, tap)
 
-    def require_gradients_(self, linears: Sequence[Linear], wanted: bool) -> None:
-        """Turns the recording of gradients on or off for these weights."""
-        for linear in linears:
-            self._slot_parameter(linear).requires_grad_(wanted)
-
-    def _forward(self, index: int, hidden: Tensor, tap: Tap | None) -> Tensor:
+    def run_block_as_is(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
+        """`run_block` with gradients recorded or not as torch is set; several threads may run it at once."""
         tokens = hidden.shape[1]
         if tokens not in self._arguments:
             raise UsageError(f"no window of {tokens} tokens was embedded, so the masks of that length are not known.")
@@ -285,7 +263,8 @@ class Skeleton:
 
     # ---- single matrices
 
-    def _slot_parameter(self, linear: Linear) -> Tensor:
+    def slot_parameter(self, linear: Linear) -> Tensor:
+        """The parameter of the loaded block in which a linear lies, shared with others where they are stacked."""
         assert linear.block is not None
         parameter = self._block_parameter(linear.block, linear.slot.parameter)
         if parameter is None:
@@ -296,16 +275,7 @@ class Skeleton:
 
     def _view(self, linear: Linear) -> Tensor:
         """The slot as a view [out, in] into the module's parameter."""
-        return self._part(self._slot_parameter(linear), linear)
-
-    @staticmethod
-    def _part(view: Tensor, linear: Linear) -> Tensor:
-        """Of something in the shape of a linear's parameter, the linear's own part, [out, in]."""
-        if linear.slot.index is not None:
-            view = view[linear.slot.index]
-        if linear.slot.rows is not None:
-            view = view[linear.slot.rows[0] : linear.slot.rows[1]]
-        return view.T if linear.slot.transposed else view
+        return part_of(self.slot_parameter(linear), linear)
 
     def _read(self, linear: Linear) -> Tensor:
         weight = read_weight(self.checkpoint, linear, self.stored.get(linear.name))
@@ -371,13 +341,13 @@ class Skeleton:
             self._head_is_loaded = False
             self._embedding_table = None
 
-    @torch.no_grad()
     def _replay(self, module: nn.Module, hidden: Tensor) -> Any:
-        """`module`'s own forward in which the last block returns `hidden`."""
+        """`module`'s own forward in which the last block returns `hidden`; gradients as in `run_block`."""
         self.load_head()
         self._call.replay = hidden
         try:
-            return module(inputs_embeds=torch.zeros_like(hidden), **self._forward_options())
+            with torch.set_grad_enabled(hidden.requires_grad):
+                return module(inputs_embeds=torch.zeros_like(hidden), **self._forward_options())
         finally:
             self._call.replay = None
 
@@ -403,3 +373,12 @@ class Skeleton:
         logits = getattr(result, "logits", None)
         output: Tensor = result.last_hidden_state if logits is None else logits
         return output
+
+
+def part_of(view: Tensor, linear: Linear) -> Tensor:
+    """Of something in the shape of a linear's parameter, the linear's own part, [out, in]."""
+    if linear.slot.index is not None:
+        view = view[linear.slot.index]
+    if linear.slot.rows is not None:
+        view = view[linear.slot.rows[0] : linear.slot.rows[1]]
+    return view.T if linear.slot.transposed else view

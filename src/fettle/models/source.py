@@ -6,6 +6,7 @@ tokenizer files: what `huggingface_hub` keeps in its cache is used when the mach
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import re
 from pathlib import Path
@@ -24,7 +25,9 @@ def resolve(model: str | Path) -> Path:
     """
     if str(model) == DEMO:
         return demo_folder()
-    path = Path(model).expanduser()
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # ~somebody, whom there is not, is no folder either
+        path = path.expanduser()
     if path.is_dir():
         return path
     if path.exists():

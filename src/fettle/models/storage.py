@@ -25,9 +25,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fettle.errors import CheckpointError
+from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Linear, unreadable
 from fettle.models.checkpoint import Checkpoint, check_finite
+from fettle.models.config_file import QUANTIZATION_KEYS, damaged
 from fettle.tensors.grid import uniform
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme, Storage
@@ -169,18 +170,42 @@ def _dense_modules(schemes: Mapping[str, Scheme], anatomy: Anatomy) -> list[str]
 def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, StoredScheme]:
     """Linear name → how it is stored, for the linears stored as codes; dense ones are absent.
 
-    Raises `CheckpointError` for a quantization that fettle cannot read, naming it and what it can.
+    Raises `CheckpointError` for a quantization that fettle cannot read, naming it and what it can, for one that is
+    damaged, and for codes that no quantization explains: read as weights, they would be noise.
     """
-    config = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    key = next((key for key in QUANTIZATION_KEYS if checkpoint.config.get(key)), None)
+    config = checkpoint.config[key] if key else None
+    _refuse_unexplained_codes(checkpoint, explained=bool(config))
     if not config:
         return {}
     method = config.get("quant_method", "compressed-tensors" if "config_groups" in config else None)
+    if method not in ("fettle", "compressed-tensors"):
+        raise unreadable(checkpoint, method)
     coded = [linear for linear in _every_linear(anatomy) if is_stored_as_codes(checkpoint, linear)]
-    if method == "fettle":
-        return _read_own(checkpoint, config, coded)
-    if method == "compressed-tensors":
+    try:
+        if method == "fettle":
+            return _read_own(config, coded)
         return {linear.name: _read_standard(checkpoint, config, linear) for linear in coded}
-    raise unreadable(checkpoint, method)
+    except (UsageError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, UsageError) else str(error)
+        raise damaged(checkpoint.folder / "config.json", f"its {key} cannot be understood ({what})") from error
+
+
+def _refuse_unexplained_codes(checkpoint: Checkpoint, *, explained: bool) -> None:
+    """Raises `CheckpointError` for codes where the config names no scheme, and for whole numbers without a scale."""
+    for name, entry in checkpoint.entries.items():
+        stem, _, last = name.rpartition(".")
+        if last in ("weight_packed", "weight_scale") and not explained:
+            raise CheckpointError(
+                f"tensor {name!r} holds codes or their scales, and config.json has no quantization_config that says "
+                f"how to read them. Copy config.json again, or compress the model again. ({checkpoint.folder})"
+            )
+        dense = last in ("weight", "bias") and not entry.is_mask
+        if dense and not entry.dtype.is_floating_point and f"{stem}.weight_scale" not in checkpoint.entries:
+            raise CheckpointError(
+                f"tensor {name!r} has dtype {str(entry.dtype).removeprefix('torch.')}, and no scale stands beside it: "
+                f"whole numbers are no weights. Get a sound copy of the model. ({checkpoint.folder})"
+            )
 
 
 def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
@@ -189,18 +214,15 @@ def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
     return any(f"{stem}.{name}" in checkpoint.entries for name in ("weight_scale", "weight_packed"))
 
 
-def _read_own(checkpoint: Checkpoint, config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:
-    try:
-        schemes = [Scheme.from_dict(fields) for fields in config["schemes"]]
-        storage = str(config["storage"])
-        chosen = {
-            linear.name: schemes[config["linears"][linear.weight_name.removesuffix(".weight")]] for linear in coded
-        }
-    except (KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} is damaged: its fettle schemes lack {error}."
-        ) from error
-    return {name: StoredScheme(scheme, storage) for name, scheme in chosen.items()}
+def _read_own(config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:
+    schemes = dict(enumerate(Scheme.from_dict(fields) for fields in config["schemes"]))
+    storage, numbers = config["storage"], config["linears"]
+    found = {}
+    for linear in coded:
+        scheme = schemes[numbers[linear.weight_name.removesuffix(".weight")]]
+        scheme.check_storage(storage)
+        found[linear.name] = StoredScheme(scheme, storage)
+    return found
 
 
 def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Linear) -> StoredScheme:
@@ -210,7 +232,8 @@ def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Li
     arguments, storage = group.get("weights") or {}, group.get("format") or config.get("format")
     storage = "int-quantized" if storage == "naive-quantized" else str(storage)
     bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
-    strategy: Any = arguments.get("strategy") or ("group" if arguments.get("group_size") else "tensor")
+    size = arguments.get("group_size")
+    strategy: Any = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     known = storage in STORAGES and kind == "int" and strategy in ("tensor", "channel", "group") and bits in range(2, 9)
     if not known or f"{linear.name}.weight_g_idx" in checkpoint.entries:
         order = " with groups in activation order" if arguments.get("actorder") else ""
@@ -227,10 +250,12 @@ def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Li
     scheme = Scheme(
         grid=uniform(bits),
         granularity=strategy,
-        group_size=int(arguments["group_size"]) if strategy == "group" else None,
+        group_size=size if strategy == "group" else None,
         zero_point=not arguments.get("symmetric", True),
         scale_dtype=_SCALE_DTYPES[scale.dtype],
     )
+    scheme.validate()
+    scheme.check_storage(storage)
     return StoredScheme(scheme, storage)
 
 
@@ -273,7 +298,15 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
     for name in ("weight_scale", "weight_levels", "weight_tensor_scale"):
         if name in needed:
             check_finite(f"{stem}.{name}", state[name])
-    return QuantizedTensor.from_state(state, stored.scheme, stored.storage)
+    try:
+        quantized = QuantizedTensor.from_state(state, stored.scheme, stored.storage)
+    except CheckpointError as error:
+        raise CheckpointError(f"{linear.name} in {checkpoint.folder}: {error}") from error
+    if quantized.shape != linear.shape:
+        raise CheckpointError(
+            f"{linear.name} is stored with shape {list(quantized.shape)}, expected {list(linear.shape)}."
+        )
+    return quantized
 
 
 def read_weight(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme | None = None) -> Tensor:

@@ -67,3 +67,34 @@ class Tap(TorchFunctionMode):
                 if self._only is not None and len(self.inputs) == len(self._only):
                     raise Enough
         return func(*args, **kwargs)
+
+
+class ProductTap(Tap):
+    """A tap that also keeps what the products gave, with their graph: `products` is address → (inputs [tokens, in],
+    output [..., out]).
+
+    For gradients with respect to a linear's outputs; a bias is added inside the product or after it, which changes no
+    gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        places = _PRODUCTS.get(func)
+        if places is not None:
+            (read_at, read_as), (weight_at, weight_as) = places
+            weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_as)
+            if isinstance(weight, Tensor) and weight.data_ptr() in self._groups:
+                read = args[read_at] if len(args) > read_at else kwargs[read_as]
+                self.products[weight.data_ptr()] = (read.detach().reshape(-1, read.shape[-1]), output)
+        return output

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fettle.models.anatomy import Linear
+from fettle.models.gradients import require_gradients_, weight_gradients
 from fettle.models.skeleton import Skeleton
 from fettle.workers import Workers
 
@@ -54,18 +55,18 @@ class BlockObjective:
         self._place(weights)
         names = list(weights)
         linears = [self._linears[name] for name in names]
-        self._skeleton.require_gradients_(linears, True)
+        require_gradients_(self._skeleton, linears, True)
 
         def one(window: int) -> tuple[float, list[Tensor]]:
             hidden, target = self._windows[window]
-            return self._skeleton.weight_gradients(
-                self._block, hidden, lambda output: self._distance(output, target), linears
+            return weight_gradients(
+                self._skeleton, self._block, hidden, lambda output: self._distance(output, target), linears
             )
 
         try:
             found = self._workers.map(one, windows)
         finally:
-            self._skeleton.require_gradients_(linears, False)
+            require_gradients_(self._skeleton, linears, False)
         total = {name: found[0][1][place].clone() for place, name in enumerate(names)}
         for _, gradients in found[1:]:
             for name, gradient in zip(names, gradients, strict=True):

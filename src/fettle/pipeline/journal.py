@@ -16,10 +16,11 @@ written again, with the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fettle.errors import ResumeError, UsageError
+from fettle.models.checkpoint import file_sha256
 from fettle.models.writer import is_side_file, write_json, write_shard
 
 try:
@@ -39,6 +41,7 @@ except ImportError:  # not a POSIX system: two runs on one folder are then the u
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|\..*\.partial")  # all that a run leaves before it is done
 _OUTPUT = re.compile(rf"{_SHARD.pattern}|model\.safetensors\.index\.json|config\.json|README\.md|fettle\.json")
+SHA256_LETTERS = 64
 _RUN = re.compile(
     r"identity\.json|journal\.jsonl(\.tmp)?|inputs-\d{5}\.safetensors|summary\.json|report\.html|\..*\.partial"
 )
@@ -96,18 +99,14 @@ class Journal:
         """
         folder = run_folder(output)
         known = (folder / "identity.json").exists()
-        for path in (output, folder):
-            if path.exists() and not path.is_dir():
-                raise UsageError(f"the output {path} is a file; name a folder that does not exist yet")
-        if not known and output.is_dir() and any(output.iterdir()):
-            raise UsageError(f"the output {output} is not empty and no fettle run made it; name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / "lock"):
+        refuse_foreign(output)
+        with locked(folder):
             journal = cls(folder)
-            if known and fresh:
+            if known and fresh and (journal.owns(output) or (output / "fettle.json").is_file()):
                 journal.clear(output)
-            elif known and journal.records(output):
+            elif known and not fresh and journal.owns(output):
                 journal.refuse_changes(identity)
+                journal.drop_damaged(output)
             elif known:  # nothing is done, so nothing is resumed, and what lies there was not written by this run
                 journal.refuse_strangers(output)
                 journal.clear(output)
@@ -117,10 +116,38 @@ class Journal:
 
     def clear(self, output: Path) -> None:
         """Removes what earlier runs wrote to `output` and to the run folder, and nothing else."""
-        for folder, own in ((output, _OUTPUT), (self.folder, _RUN)):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if path.is_file() and (own.fullmatch(path.name) or (folder == output and is_side_file(path))):
-                    path.unlink()
+        self._clear_output(output, keep=())
+        for path in self.folder.iterdir():
+            if path.is_file() and _RUN.fullmatch(path.name):
+                path.unlink()
+
+    def _clear_output(self, output: Path, keep: Collection[str]) -> None:
+        for path in output.iterdir() if output.is_dir() else ():
+            own = _OUTPUT.fullmatch(path.name) or is_side_file(path)
+            if own and path.is_file() and path.name not in keep:
+                path.unlink()
+
+    def owns(self, output: Path) -> bool:
+        """Whether `output` holds a shard that this run finished, or says so: what fettle writes there is its own."""
+        path = output / "fettle.json"
+        told = path.read_bytes() if path.is_file() else b""
+        return any(_has_length(output, x) or x.sha256.encode() in told for x in self._written())
+
+    def drop_damaged(self, output: Path) -> None:
+        """Forgets every record from the first on whose shard is lost or has other bytes, and removes what came after
+        it: a folder that is not whole must not look finished.
+        """
+        sound = self.sound(output)
+        written = self._written()
+        if sound < len(written):
+            self.keep(sound, output)
+            self._clear_output(output, keep=[record.shard for record in written[:sound]])
+
+    def sound(self, output: Path) -> int:
+        """How many shards, from the first on, are byte for byte what was written; reads them all."""
+        records = self.records(output)
+        bad = (i for i, record in enumerate(records) if file_sha256(output / record.shard) != record.sha256)
+        return next(bad, len(records))
 
     def refuse_strangers(self, output: Path) -> None:
         """Raises UsageError where `output` holds more than a run that finished no shard can have left."""
@@ -129,11 +156,19 @@ class Journal:
                 raise UsageError(
                     f"the output {output} holds {path.name}, which the run that began there did not write; name "
                     "another folder, or empty this one"
+                    f"{', or give --fresh to start over' if (output / 'fettle.json').is_file() else ''}"
                 )
 
     def refuse_changes(self, identity: Mapping[str, Any]) -> None:
         """Raises ResumeError when the run was started with something else."""
-        started = json.loads((self.folder / "identity.json").read_text(encoding="utf-8"))
+        path = self.folder / "identity.json"
+        try:
+            started = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ResumeError(
+                f"{path} is damaged ({error}), so nobody knows what the run was started with; give --fresh to start "
+                "over, or another output folder"
+            ) from error
         before, now = dict(_flatten(started)), dict(_flatten(identity))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
@@ -146,20 +181,18 @@ class Journal:
 
     def records(self, output: Path) -> list[ShardRecord]:
         """The finished shards, in order, up to the first that is missing or of another length in `output`."""
-        path = self.folder / "journal.jsonl"
         records: list[ShardRecord] = []
-        if not path.exists():
-            return records
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = ShardRecord(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                break
-            shard = output / record.shard
-            if record.unit != len(records) or not shard.is_file() or shard.stat().st_size != record.bytes:
+        for record in self._written():
+            if record.unit != len(records) or not _has_length(output, record):
                 break
             records.append(record)
         return records
+
+    def _written(self) -> list[ShardRecord]:
+        """What the journal says, up to the first line that is no record."""
+        path = self.folder / "journal.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return list(itertools.takewhile(lambda record: record is not None, map(_record, lines)))  # type: ignore[arg-type]
 
     def keep(self, count: int, output: Path) -> None:
         """Forgets every record but the first `count`, and a torn last line."""
@@ -182,12 +215,16 @@ class Journal:
 
     def load_inputs(self, unit: int) -> list[Tensor] | None:
         """The hidden states that enter block `unit`, or None where they were not kept."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.folder / _inputs_name(unit)
         if not path.is_file():
             return None
-        states = load_file(path)
+        try:
+            states = load_file(path)
+        except SafetensorError:  # damaged is as good as lost
+            return None
         # Fresh tensors: a view into the file's buffer may be aligned otherwise, and sums may then round otherwise.
         return [torch.empty_like(states[key]).copy_(states[key]) for key in sorted(states)]
 
@@ -198,6 +235,25 @@ class Journal:
                 path.unlink()
 
 
+def _record(line: bytes) -> ShardRecord | None:
+    """What one line of the journal says; None where it is torn, or no record."""
+    try:
+        record = ShardRecord(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    kinds = (
+        (record.unit, int), (record.shard, str), (record.sha256, str), (record.bytes, int), (record.tensors, dict),
+        (record.ledger, list), (record.seconds, int | float),
+    )  # fmt: skip
+    whole = all(isinstance(value, kind) for value, kind in kinds) and all(isinstance(x, dict) for x in record.ledger)
+    return record if whole and _SHARD.fullmatch(record.shard) and len(record.sha256) == SHA256_LETTERS else None
+
+
+def _has_length(output: Path, record: ShardRecord) -> bool:
+    shard = output / record.shard
+    return shard.is_file() and shard.stat().st_size == record.bytes
+
+
 def _inputs_name(unit: int) -> str:
     return f"inputs-{unit:05d}.safetensors"
 
@@ -205,6 +261,16 @@ def _inputs_name(unit: int) -> str:
 def run_folder(output: Path) -> Path:
     """`OUT.run`, beside `OUT`."""
     return output.parent / f"{output.name}.run"
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raises UsageError where `output` or its run folder is a file, or it holds files that no run of fettle's wrote."""
+    for path in (output, run_folder(output)):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"the output {path} is a file; name a folder that does not exist yet")
+    known = (run_folder(output) / "identity.json").exists()
+    if not known and output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"the output {output} is not empty and no fettle run made it; name another folder")
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -219,11 +285,13 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the run folder and holds its lock; UsageError where another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UsageError(f"another run works on {path.parent}; wait for it or name another output") from None
+                raise UsageError(f"another run works on {folder}; wait for it or name another output") from None
         yield

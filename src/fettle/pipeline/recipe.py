@@ -120,10 +120,29 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
             f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
-    return parse_recipe(mapping, str(path))
+        return parse_recipe(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
+        raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types, without what would pass unnoticed: a key that stands twice, half a character."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        text = str(super().construct_scalar(node))
+        text.encode("utf-8")  # refuses half of a character, which an escape can spell
+        return text
 
 
 def shipped_recipes() -> list[Path]:

@@ -27,9 +27,10 @@ import torch
 import fettle
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
-from fettle.errors import DiskFullError, InterruptedRunError, UsageError
+from fettle.errors import CheckpointError, DiskFullError, InterruptedRunError, UsageError
 from fettle.models.anatomy import Anatomy, read_anatomy
-from fettle.models.checkpoint import Checkpoint, context_length
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
 from fettle.models.loading import TOKENIZER_FILES
 from fettle.models.source import resolve
 from fettle.models.storage import quantization_config, stored_schemes
@@ -173,6 +174,7 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     """
     _require_room(run, output, journal)
     walk(run.job, output, journal, progress)
+    _require_sound(run, output, journal)
     schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
     config = dict(run.checkpoint.config)
     found = quantization_config(schemes, run.anatomy, run.recipe.storage)
@@ -182,6 +184,16 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     copy_side_files(run.checkpoint.folder, output)
     write_json(output / "config.json", config)
     journal.drop_inputs(before=len(run.layout.units) + 1)
+
+
+def _require_sound(run: Run, output: Path, journal: Journal) -> None:
+    """Raises CheckpointError for a shard that is not on the disk as it was written: nothing is said to be finished."""
+    sound = journal.sound(output)
+    if sound < len(run.layout.units):
+        raise CheckpointError(
+            f"shard {run.layout.units[sound].shard} in {output} is not what was written there: the disk, or another "
+            "program, changed it. Run the same command again: it goes on from that shard"
+        )
 
 
 def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | None) -> dict[str, Any]:

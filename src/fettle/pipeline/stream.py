@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fettle.errors import ModelError, NonFiniteError
 from fettle.methods.quantize.errors import output_error, weight_error
-from fettle.methods.statistics import STATISTICS
+from fettle.methods.statistics import FEWEST_TOKENS, STATISTICS
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.skeleton import Skeleton
@@ -31,8 +31,6 @@ from fettle.pipeline.journal import LedgerLine
 from fettle.pipeline.layout import Compression, Layout, Unit
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.workers import Workers
-
-FEWEST_TOKENS = 0.25  # of a linear's inputs; see the module's text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from fettle.errors import UsageError
@@ -41,11 +41,15 @@ def read_document(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give result files, such as OUT.run/summary.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON: {error}; give result files, such as OUT.run/summary.json") from error
-    document = content.get("summary", content) if isinstance(content, dict) else {}
-    if document.get("schema", content.get("schema") if isinstance(content, dict) else None) != SCHEMA or not (
-        "evaluation" in document or "perplexity" in document or "model_bits_per_weight" in document
+    outer = content if isinstance(content, dict) else {}
+    document = outer.get("summary", outer)
+    if (
+        not isinstance(document, dict)
+        or document.get("schema", outer.get("schema")) != SCHEMA
+        or not isinstance(document.get("evaluation"), dict | None)
+        or not ("evaluation" in document or "perplexity" in document or "model_bits_per_weight" in document)
     ):
         raise UsageError(
             f"{path} is no result of fettle's with schema {SCHEMA}; give what compress or evaluate --json printed"
@@ -82,7 +86,15 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
         return environment.get_template("page.html.j2").render(
             title=title, views=views, comparison=_comparison(documents) if len(documents) > 1 else None
         )
-    except (KeyError, TypeError, AttributeError, ValueError, UndefinedError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+        TemplateError,
+    ) as error:
         raise UsageError(
             f"a result file is not whole ({type(error).__name__}: {error}); write it again with compress or "
             "evaluate --json"

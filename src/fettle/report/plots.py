@@ -28,9 +28,9 @@ def bars(values: Sequence[float], *, title: str, unit: str, axis: str, descripti
     for index, value in enumerate(values):
         height = _height(value, top)
         told = f"{axis} {index}: {value:.4g} {unit}"
-        marks.append(_rectangle(LEFT + index * step + step * 0.14, _y(value, top), step * 0.72, height, told))
+        marks.append(rectangle(LEFT + index * step + step * 0.14, _y(value, top), step * 0.72, height, told))
     centres = [(index, LEFT + (index + 0.5) * step) for index in range(len(values))]
-    return _frame(title, description, [*_y_axis(top, unit), *marks, *_ticks(centres), _axis_label(axis)])
+    return frame(title, description, [*_y_axis(top, unit), *marks, *_ticks(centres), axis_label(axis)])
 
 
 def rows(values: Mapping[str, float], *, title: str, unit: str, description: str) -> str:
@@ -46,13 +46,13 @@ def rows(values: Mapping[str, float], *, title: str, unit: str, description: str
     parts = []
     for index, (name, value) in enumerate(values.items()):
         y = 4 + index * ROW
-        parts.append(_text(left - 8, y + 15, names[name], anchor="end"))
-        parts.append(_rectangle(left, y + 4, value * scale, ROW - 9, f"{name}: {value:.4g} {unit}"))
-        parts.append(_text(left + value * scale + 6, y + 15, numbers[name], anchor="start", kind="value"))
+        parts.append(letters(left - 8, y + 15, names[name], anchor="end"))
+        parts.append(rectangle(left, y + 4, value * scale, ROW - 9, f"{name}: {value:.4g} {unit}"))
+        parts.append(letters(left + value * scale + 6, y + 15, numbers[name], anchor="start", kind="value"))
     bottom = 4 + len(values) * ROW
     parts.append(f'<line class="axis" x1="{left:.1f}" y1="4" x2="{left:.1f}" y2="{bottom}"/>')
-    parts.append(_axis_label(unit, y=bottom + 20, left=left, right=right))
-    return _frame(title, description, parts, height=bottom + 28)
+    parts.append(axis_label(unit, y=bottom + 20, left=left, right=right))
+    return frame(title, description, parts, height=bottom + 28)
 
 
 def lines(series: Mapping[str, Sequence[float]], *, title: str, unit: str, axis: str, description: str) -> str:
@@ -62,7 +62,7 @@ def lines(series: Mapping[str, Sequence[float]], *, title: str, unit: str, axis:
     step = (WIDTH - LEFT - RIGHT) / max(1, longest)
     parts = _y_axis(top, unit)
     parts += _ticks([(index, LEFT + (index + 0.5) * step) for index in range(longest)])
-    parts.append(_axis_label(axis))
+    parts.append(axis_label(axis))
     for number, (name, values) in enumerate(series.items()):
         points = [(LEFT + (index + 0.5) * step, _y(value, top)) for index, value in enumerate(values)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -71,8 +71,8 @@ def lines(series: Mapping[str, Sequence[float]], *, title: str, unit: str, axis:
         parts.append(f'<polyline class="{kind}" points="{path}"><title>{told}</title></polyline>')
         y = HEIGHT + 10 + number * 18
         parts.append(f'<line class="{kind}" x1="{LEFT}" y1="{y - 4}" x2="{LEFT + 26}" y2="{y - 4}"/>')
-        parts.append(_text(LEFT + 34, y, name if len(name) < 52 else name[:51] + "…", anchor="start"))
-    return _frame(title, description, parts, height=HEIGHT + 18 * len(series))
+        parts.append(letters(LEFT + 34, y, name if len(name) < 52 else name[:51] + "…", anchor="start"))
+    return frame(title, description, parts, height=HEIGHT + 18 * len(series))
 
 
 def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, unit: str, description: str) -> str:
@@ -89,10 +89,10 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, un
         low, high = edges[first + index], edges[first + index + 1]
         told = f"up to {high:.2g}" if index == 0 else f"{low:.2g} to {high:.2g}"
         x, width = LEFT + index * step + 0.75, max(1.0, step - 1.5)
-        marks.append(_rectangle(x, _y(count, top), width, _height(count, top), f"{told} {unit}: {count:,.0f} tokens"))
+        marks.append(rectangle(x, _y(count, top), width, _height(count, top), f"{told} {unit}: {count:,.0f} tokens"))
         if abs(math.log10(low) - round(math.log10(low))) < 1e-6:
-            marks.append(_text(LEFT + index * step, HEIGHT - BOTTOM + 16, f"{low:.4g}", anchor="middle"))
-    return _frame(title, description, [*_y_axis(top, "tokens"), *marks, _axis_label(f"{unit}, logarithmic")])
+            marks.append(letters(LEFT + index * step, HEIGHT - BOTTOM + 16, f"{low:.4g}", anchor="middle"))
+    return frame(title, description, [*_y_axis(top, "tokens"), *marks, axis_label(f"{unit}, logarithmic")])
 
 
 def nice_ceiling(value: float) -> float:
@@ -114,7 +114,7 @@ def _height(value: float, top: float) -> float:
 def _ticks(places: Sequence[tuple[int, float]]) -> list[str]:
     """Numbers under the x axis, as many as fit, at equal distances."""
     every = max(1, math.ceil(len(places) / (2 * TICKS)))
-    return [_text(x, HEIGHT - BOTTOM + 16, str(index), anchor="middle") for index, x in places if index % every == 0]
+    return [letters(x, HEIGHT - BOTTOM + 16, str(index), anchor="middle") for index, x in places if index % every == 0]
 
 
 def _y_axis(top: float, unit: str) -> list[str]:
@@ -123,28 +123,32 @@ def _y_axis(top: float, unit: str) -> list[str]:
         y = _y(fraction * top, top)
         kind = "axis" if fraction == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 8, y + 4, f"{fraction * top:,.4g}", anchor="end"))
+        parts.append(letters(LEFT - 8, y + 4, f"{fraction * top:,.4g}", anchor="end"))
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
     turned = f'transform="rotate(-90 12 {middle:.0f})"'
     parts.append(f'<text x="12" y="{middle:.0f}" text-anchor="middle" {turned}>{escape(unit)}</text>')
     return parts
 
 
-def _axis_label(text: str, *, y: float = HEIGHT - 8, left: float = LEFT, right: float = RIGHT) -> str:
-    return _text((left + WIDTH - right) / 2, y, text, anchor="middle")
+def axis_label(words: str, *, y: float = HEIGHT - 8, left: float = LEFT, right: float = RIGHT) -> str:
+    """What the x axis measures, under its middle."""
+    return letters((left + WIDTH - right) / 2, y, words, anchor="middle")
 
 
-def _rectangle(x: float, y: float, width: float, height: float, told: str) -> str:
+def rectangle(x: float, y: float, width: float, height: float, told: str) -> str:
+    """A mark that tells its value under the pointer."""
     place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
     return f'<rect class="mark" {place}><title>{escape(told)}</title></rect>'
 
 
-def _text(x: float, y: float, text: str, *, anchor: str, kind: str = "") -> str:
+def letters(x: float, y: float, text: str, *, anchor: str, kind: str = "") -> str:
+    """Words at a place, escaped."""
     named = f' class="{kind}"' if kind else ""
     return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _frame(title: str, description: str, parts: Sequence[str], *, height: float = HEIGHT) -> str:
+def frame(title: str, description: str, parts: Sequence[str], *, height: float = HEIGHT) -> str:
+    """The drawing around its parts, with title and description for screen readers."""
     label = escape(f"{title}. {description}")
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">'

@@ -47,6 +47,7 @@ def figures(document: Mapping[str, Any]) -> dict[str, list[Row]]:
             original = found.get(reference) if reference else None
             row = (label, NONE if original is None else form.format(original), form.format(found[key]))
             rows["Size" if key in SIZES else "Quality"].append(row)
+    rows |= {"Budget": budget_figures(document["budget"])} if document.get("budget") else {}
     if document.get("kind") == "compression":
         rows["Cost"].append(("Time to compress", NONE, f"{document['seconds']:.1f} s"))
         rows["Cost"].append(("Peak memory to compress", NONE, size(document["peak_memory_bytes"])))
@@ -54,6 +55,29 @@ def figures(document: Mapping[str, Any]) -> dict[str, list[Row]]:
         rows["Cost"].append(("Time to measure", NONE, f"{found['seconds']:.1f} s"))
         rows["Cost"].append(("Peak memory to measure", NONE, size(found.get("peak_memory_bytes"))))
     return {heading: lines for heading, lines in rows.items() if lines}
+
+
+def budget_figures(budget: Mapping[str, Any]) -> list[Row]:
+    """What was asked, predicted and measured on the calibration text, and what one scheme in all linears would cost."""
+    asked = budget["asked"]
+    told = f"{asked['bits_per_weight']:g} bits per weight" if asked["bits_per_weight"] else size(asked["size_bytes"])
+    table = [
+        ("Asked", NONE, told),
+        ("Bits per weight of the chosen mix", NONE, f"{budget['bits_per_weight']:.3f}"),
+        ("KL on calibration text, predicted", NONE, f"{budget['predicted_kl']:.5f} nats"),
+        ("  the mix, measured before writing", NONE, f"{budget['measured_kl']:.5f} nats"),
+    ]
+    if budget.get("written_kl") is not None:
+        table.append(("  the written files, measured", NONE, f"{budget['written_kl']:.5f} nats"))
+    if budget.get("estimate_error") is not None:
+        table.append(("Error of the first estimate", NONE, f"{budget['estimate_error']:+.1%}"))
+    if budget.get("uniform"):
+        uniform = budget["uniform"]
+        table.append(
+            (f"The same with {uniform['candidate']} in all linears", NONE, f"{uniform['measured_kl']:.5f} nats")
+        )
+    shares = ", ".join(f"{label} {share:.0%}" for label, share in budget["shares"].items())
+    return [*table, ("Weights by scheme", NONE, shares)]
 
 
 def comparison(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

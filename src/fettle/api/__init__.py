@@ -1,0 +1,15 @@
+"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the three that look first: `plan`,
+`inspect`, `diagnose`.
+
+import fettle
+
+result = fettle.compress("demo", "demo-4bit", "gptq-4bit")
+print(result.evaluation.kl_mean, fettle.generate("demo-4bit", "def add(a, b):"))
+"""
+
+from __future__ import annotations
+
+from fettle.api.compressing import Compression, compress
+from fettle.api.questions import diagnose, evaluate, generate, inspect, load, plan
+
+__all__ = ["Compression", "compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"]

@@ -1,0 +1,178 @@
+"""Everything that asks and writes no model: `plan`, `evaluate`, `diagnose`, `load`, `generate`, `inspect`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import evaluation_windows, read_text
+from fettle.diagnose.model import DiagnosisOptions, diagnose_folder
+from fettle.engine.completion import complete
+from fettle.errors import UsageError, unknown_word
+from fettle.evaluate.memory import peak_memory_bytes, restart_peak
+from fettle.evaluate.result import Evaluation
+from fettle.evaluate.streaming import evaluate as evaluate_streaming
+from fettle.methods.protocols import MatrixMethod
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.loading import LoadedModel
+from fettle.models.loading import load as load_model
+from fettle.models.source import resolve
+from fettle.pipeline.outline import outline
+from fettle.pipeline.plan import Plan, plan_run
+from fettle.pipeline.recipe import Recipe, load_recipe
+from fettle.pipeline.run import (
+    check_device,
+    display_name,
+    monotonic_seconds,
+    prepare,
+    require_context,
+    versions,
+)
+from fettle.progress import Progress, Silent
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path = "default",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Predicts bytes (exactly), peak memory and time, and sends one block through the whole path, save included."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    run = prepare(model, chosen, device=device, threads=threads, generic=generic)
+    return plan_run(run, progress or Silent(), Path.cwd() if os.access(Path.cwd(), os.W_OK) else None)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    length: int = 512,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures the files of a model, against the original where one is given; block by block, so memory stays small.
+
+    Args:
+        model: a local folder, a hub id, or "demo".
+        reference: the original; without it, only what needs no original is measured.
+        text: a UTF-8 file; None: the embedded held-out text.
+        length: tokens a window, its first being BOS.
+        max_tokens: use only the start of the text.
+    """
+    check_device(device)
+    folder = resolve(model)
+    require_context(Checkpoint.open(folder).config, length, "length")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
+    windows = evaluation_windows(tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens)
+    base = resolve(reference) if reference is not None else None
+    return evaluate_streaming(
+        folder, base, windows, device=device, threads=threads, generic=generic, progress=progress or Silent()
+    )
+
+
+def diagnose(
+    model: str | Path,
+    *,
+    candidates: Sequence[MatrixMethod | str | Mapping[str, Any]] | None = None,
+    sample: int | None = None,
+    text: str | Path | None = None,
+    calibration: str | Path | None = None,
+    windows: int = 32,
+    length: int = 256,
+    max_tokens: int = 2048,
+    draws: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Shows where a model is sensitive: what each linear costs in each scheme, measured and estimated, and why.
+
+    Returns plain data, as `fettle diagnose --json` prints it (`docs/json.md`); `words` is the paragraph to begin with.
+
+    Args:
+        model: a local folder, a hub id, or "demo"; not compressed, with a language-model head.
+        candidates: methods, texts such as "gptq bits=3 group_size=64", or a recipe's steps; None: round_to_nearest and
+            gptq with 2, 3, 4 and 8 bits.
+        sample: how many linears are measured exactly, drawn by `seed`; None: all. Estimates cover all.
+        text: what the KL is measured on, a UTF-8 file; None: the embedded held-out text.
+        calibration: what the candidates' methods look at; None: the embedded calibration text.
+        windows: how many windows of calibration.
+        length: tokens a window, of both texts.
+        max_tokens: how much of `text` is used.
+        draws: how often labels are drawn for the estimate.
+        seed: for windows, labels and the sample.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: how many to use; no figure depends on it.
+        generic: treat every linear of an unknown architecture alike.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: a compressed model, one without tokenizer or head, or a number that cannot be.
+    """
+    check_device(device)
+    started = time.monotonic()
+    restart_peak()
+    options = DiagnosisOptions(
+        candidates=candidates, sample=sample, text=text, calibration=calibration, windows=windows, length=length,
+        max_tokens=max_tokens, draws=draws, seed=seed,
+    )  # fmt: skip
+    found = diagnose_folder(resolve(model), options, device=device, threads=threads, generic=generic, progress=progress)
+    return {
+        "schema": 1, "kind": "diagnosis", "model": display_name(model), **found, "versions": versions(),
+        "seconds": monotonic_seconds(started), "peak_memory_bytes": peak_memory_bytes(),
+    }  # fmt: skip
+
+
+def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32", generic: bool = False) -> LoadedModel:
+    """Loads a model, compressed or not: `.model` (a transformers model), `.tokenizer`, `.anatomy`. Linears stored as
+    codes stay so. `generic` is for an unknown family; a folder that was written so needs no telling.
+
+    Raises:
+        ModelError: damaged files, or tensors that are not those that fettle wrote.
+    """
+    check_device(device)
+    if dtype not in DTYPES:
+        raise UsageError(unknown_word("dtype", str(dtype), DTYPES))
+    return load_model(model, device=device, dtype=DTYPES[dtype], generic=generic)
+
+
+def generate(
+    model: str | Path | LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    generic: bool = False,
+) -> str:
+    """Continues a prompt; returns the new text alone. `temperature` 0 is greedy."""
+    loaded = model if isinstance(model, LoadedModel) else load(model, device=device, generic=generic)
+    return complete(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:
+    """The anatomy of a model: blocks, linears by role, shapes, bytes, and the scheme of each."""
+    checkpoint = Checkpoint.open(resolve(model))
+    return outline(checkpoint, read_anatomy(checkpoint, generic=generic), str(model))
