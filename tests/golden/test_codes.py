@@ -22,6 +22,8 @@ INPUTS = torch.tensor(
 
 GOLDEN: dict[str, list[str]] = {
     "gptq": ["4173056470", "3750570306", "5407214707"],
+    "hqq": ["4173056470", "3750570307", "6607104707"],
+    "learned_rounding": ["4173056470", "3750570306", "5407214707"],  # its start, GPTQ's: a tuner wants a block
     "round_to_nearest": ["4073057370", "3750570307", "6607104707"],
 }
 
