@@ -18,13 +18,13 @@ def test_every_method_declares_itself(name: str) -> None:
     cls = registry.get(name)
     assert cls.name == name
     assert cls.title and cls.source
-    assert cls.objective in ("weight_error", "output_error")
+    assert cls.objective in ("weight_error", "output_error", "robust_error")
     assert set(cls.statistics) <= set(STATISTICS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fields_come_back_equal_through_yaml(name: str) -> None:
-    for given in ({}, {"bits": 3, "group_size": None, "asymmetric": True, "scale_dtype": "float16", "clip": "search"}):
+    for given in ({}, {"bits": 3, "group_size": None, "asymmetric": True, "scale_dtype": "float16"}):
         method = from_fields(name, given)
         assert from_fields(name, yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
 
@@ -32,10 +32,14 @@ def test_fields_come_back_equal_through_yaml(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 9}, r"gptq: bits=9 cannot be; allowed: integers from 2 to 8.*default, 4"),
+        ({"bits": 9}, r"gptq: bits=9 cannot be; allowed: integers from 1 to 8, none.*default, none"),
         ({"bits": True}, "bits=True"),
         ({"bits": "4"}, "bits='4'"),
-        ({"bits": None}, "bits=None"),
+        ({"bits": 1}, r"bits=1 cannot be; allowed: integers 2 to 8"),
+        ({"grid": "binary", "bits": 4}, r"bits=4 cannot be with grid 'binary'; allowed: 1\. Leave bits out for 1"),
+        ({"grid": "normal_float", "asymmetric": True}, "a zero point needs the uniform grid"),
+        ({"grid": "learned", "scale_dtype": "float8_e8m0fnu"}, "would be no finer than a float8 grid"),
+        ({"grid": "nf4"}, "allowed: uniform, float"),
         ({"group_size": 0}, r"group_size=0 cannot be; allowed: integers from 1, none"),
         ({"group_size": 2.5}, "group_size=2.5"),
         ({"asymmetric": 1}, "asymmetric=1 cannot be; allowed: true, false"),
@@ -66,6 +70,13 @@ def test_an_unknown_method_gets_the_nearest_spelling() -> None:
         ({"granularity": "tensor", "asymmetric": True}, "float32", "int4, a scale a tensor, zero point, float32 scale"),
         ({"scale_dtype": "float16", "bits": 2}, "bfloat16", "int2, group 32, float16 scale"),
         ({}, "float64", "int4, group 32, float32 scale"),
+        ({"grid": "binary"}, "bfloat16", "binary 1 bits, group 32, bfloat16 scale"),
+        ({"grid": "learned", "group_size": None}, "float16", "learned 4 bits, a table a channel, float16 table"),
+        (
+            {"grid": "float", "group_size": 16, "scale_dtype": "float8_e4m3fn"},
+            "bfloat16",
+            "float 4 bits, group 16, float8_e4m3fn scale and a tensor scale",
+        ),
     ],
 )
 def test_fields_say_the_scheme(fields: dict[str, Any], dtype: str, described: str) -> None:

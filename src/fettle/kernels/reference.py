@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 
 from fettle.tensors.packing import unpack_bits
 from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_shared
+from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared
 
 TILE_WEIGHTS = 1 << 22
 

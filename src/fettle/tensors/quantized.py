@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fettle.errors import CheckpointError
 from fettle.tensors.packing import pack_bits, unpack_bits
+from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared
 
 TILE_WEIGHTS = 1 << 19  # weights worked on at once: 2 MB in float32
 

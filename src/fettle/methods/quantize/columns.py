@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared
 
 
 class ColumnRounding:

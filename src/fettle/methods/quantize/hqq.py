@@ -33,8 +33,8 @@ from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.ranges import in_groups, in_tensor_units, stored_scale
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors.quantized import QuantizedTensor, quantize, row_tiles
+from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared, stack
 
 BETA, KAPPA = 10.0, 1.01  # the authors' own, in units of the weights' deviation
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fettle.errors import NonFiniteError
 from fettle.methods.quantize.ranges import NOT_FINITE
+from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared
 
 PASSES = 24
 

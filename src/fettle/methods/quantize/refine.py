@@ -20,8 +20,8 @@ from torch import Tensor
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import stored_scale
 from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared, stack
 
 BLOCK = 128  # columns that wait for one product
 ROW_TILE = 512

@@ -8,8 +8,8 @@ from fettle.methods.quantize.learned_levels import fit_levels
 from fettle.methods.quantize.range_search import search_ranges
 from fettle.methods.quantize.ranges import in_groups, range_ends, spanning
 from fettle.tensors.quantized import row_tiles
+from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared, stack
 
 COARSE_LEVELS = 3  # of so few levels the ends say nothing about the weights between them
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fettle.methods.quantize.ranges import stored_scale
 from fettle.tensors.quantized import QuantizedTensor, dequantize_rows, expand_groups, quantize_rows
-from fettle.tensors.shared import Shared
+from fettle.tensors.scales import Shared
 
 MARGIN = 0.49  # of the gap between levels: how far a weight's place may be kept from the level that it got
 MOMENTS = (0.9, 0.95)

@@ -22,8 +22,8 @@ from fettle.errors import NonFiniteError
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
-from fettle.tensors.shared import Shared, stack
 
 BLOCK = 128  # columns that wait for one product
 ROW_TILE = 512  # rows in work; fixed, so that no sum depends on the machine
