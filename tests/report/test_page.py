@@ -10,7 +10,7 @@ import pytest
 
 from fettle.errors import UsageError
 from fettle.report.page import nearest, read_document, render, visible, write_report
-from fettle.report.tables import kl_shares
+from fettle.report.tables import kl_shares, warning
 from tests.report.sample import compression, evaluation, hostile
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -169,3 +169,23 @@ def test_shares_are_the_histogram_in_words():
         ("1", "all"),
     ]
     assert kl_shares({}) == []
+
+
+@pytest.mark.parametrize(
+    ("agreement", "scheme", "expected"),
+    [
+        (0.9, "ternary 2 bits, group 32, bfloat16 scale", ""),
+        (
+            0.31,
+            "ternary 2 bits, group 32, bfloat16 scale",
+            "on 69% of the tokens: as it is, it is of no use. Ternary levels",
+        ),
+        (0.31, "int2, group 32, bfloat16 scale", "Give it more bits, smaller groups"),
+    ],
+)
+def test_a_model_that_lost_too_much_is_called_so(agreement, scheme, expected):
+    document = compression()
+    document["evaluation"]["top1_agreement"] = agreement
+    document["ledger"] = [{**line, "scheme": scheme} for line in document["ledger"]]
+    assert expected in warning(document)
+    assert ('class="warning"' in render([document])) == bool(expected)

@@ -16,6 +16,7 @@ from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
 from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags
 from fettle.errors import UsageError
+from fettle.report.tables import warning
 from fettle.search.budget import Budget, parse_size
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
@@ -123,6 +124,8 @@ def _print(summary: dict[str, Any], folder: Path, report: Path, finished: bool) 
     show(out, quality_table(summary))
     if summary["evaluation"] is None:
         out.print(f"Not measured. Next: fettle evaluate {folder} --reference {summary['asked']}")
+    if warning(summary):
+        out.print(warning(summary), style="red", markup=False)
     base, after = summary["base"]["bytes"], summary["output"]["bytes"]
     out.print(
         f"{folder}: {size(base)} → {size(after)}, {base / after:.2f} times smaller, "

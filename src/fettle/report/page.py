@@ -19,7 +19,7 @@ from markupsafe import Markup
 from fettle.errors import UsageError
 from fettle.report.atomic import write_atomically
 from fettle.report.plots import bars, histogram, lines, rows
-from fettle.report.tables import NONE, comparison, figures, kl_shares, names, role_errors, verdict
+from fettle.report.tables import NONE, comparison, figures, kl_shares, names, role_errors, verdict, warning
 
 SCHEMA = 1
 WORST_SHOWN = 12
@@ -108,6 +108,7 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": _title(document),
         "verdict": verdict(document),
+        "warning": warning(document),
         "figures": table,
         "has_original": any(before != NONE for lines in table.values() for _, before, _ in lines),
         "after": "compressed" if document.get("kind") == "compression" else "measured",

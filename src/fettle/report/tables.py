@@ -102,6 +102,10 @@ def _name(document: Mapping[str, Any], number: int) -> str:
     return f"{model}, {recipe['name']}" if recipe else str(model)
 
 
+USABLE_AGREEMENT = 0.6  # of the next tokens; below it a model writes another text than its original
+COARSE_GRIDS = {"power_of_two": "powers of two", "ternary": "ternary levels", "binary": "binary levels"}
+
+
 def verdict(document: Mapping[str, Any]) -> str:
     """What came of it, in one sentence."""
     found = document.get("evaluation") or {}
@@ -126,6 +130,22 @@ def verdict(document: Mapping[str, Any]) -> str:
         told = f"its perplexity is {found['perplexity']:.3f} on {found['tokens']:,} tokens"
         return f"{smaller}; {told}, with no original to compare."
     return f"{smaller}."
+
+
+def warning(document: Mapping[str, Any]) -> str:
+    """What a reader must not miss: a model that lost too much, and why that was to be expected; else nothing."""
+    found = document.get("evaluation") or {}
+    agreement = found.get("top1_agreement")
+    if agreement is None or agreement >= USABLE_AGREEMENT:
+        return ""
+    lost = (
+        f"Its first choice differs from the original's on {1 - agreement:.0%} of the tokens: as it is, it is of no use."
+    )
+    schemes = " ".join(str(line.get("scheme", "")) for line in document.get("ledger") or [])
+    coarse = [word for name, word in COARSE_GRIDS.items() if name in schemes]
+    if coarse:
+        return f"{lost} {' and '.join(coarse).capitalize()} are too coarse for a model that was not trained with them."
+    return f"{lost} Give it more bits, smaller groups, or a method that looks at text."
 
 
 def role_errors(ledger: Sequence[Mapping[str, Any]]) -> dict[str, float]:
