@@ -58,6 +58,19 @@ def test_what_is_written_is_what_runs(
     assert line["bits_per_weight"] == 8 * held / (weights[0] * weights[1])
 
 
+def test_shared_values_are_counted_by_the_formula_and_in_bytes(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(text_file, method="round_to_nearest", **LAYOUTS["shared by the tensor"])
+    fettle.compress(tiny_llama, tmp_path / "out", recipe, evaluate=False)
+    ledger = json.loads((tmp_path / "out" / "fettle.json").read_text())["ledger"]
+    line = next(entry for entry in ledger if entry["linear"].endswith("0.mlp.up_proj"))
+    weights = 172 * 64
+    by_hand = weights * 16 / (weights * 5 + 32 * 16)
+    assert f"32 shared values: n·b / (n·log2 k + k·b) = {by_hand:.3f}, in stored bytes " in line["note"]
+    assert float(line["note"].rpartition(" ")[2]) == pytest.approx(16 / line["bits_per_weight"], abs=1e-3)
+
+
 def test_coarse_grids_are_called_what_they_are(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = make_recipe(text_file, grid="binary", bits=None, asymmetric=False)
     made = fettle.compress(tiny_llama, tmp_path / "out", recipe)

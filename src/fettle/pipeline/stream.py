@@ -14,6 +14,7 @@ knowledge and be noise.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.skeleton import Skeleton
 from fettle.pipeline.journal import LedgerLine
 from fettle.pipeline.layout import Compression, Layout, Unit
+from fettle.tensors.levels import weight_sharing_ratio
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.workers import Workers
 
@@ -95,9 +97,23 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
         objective="weight_error" if gram is None else "output_error",
         bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage),
         seconds=time.monotonic() - started,
-        note=seen.note if seen is not None else "",
+        note="; ".join(filter(None, [seen.note if seen is not None else "", _sharing_note(item, job)])),
     )
     return Outcome(quantized=quantized, line=line)
+
+
+def _sharing_note(item: Compression, job: Job) -> str:
+    """How much smaller shared values make a linear: by the formula of the literature, and in the bytes of the file."""
+    scheme, shape = item.scheme, item.linear.shape
+    if not scheme.grid.is_learned:
+        return ""
+    weights, base_bits = math.prod(shape), 8 * job.checkpoint.dtype.itemsize
+    tables = math.prod(scheme.scale_shape(shape))
+    formula = weight_sharing_ratio(weights / tables, scheme.grid.level_count, base_bits)
+    stored = base_bits / scheme.bits_per_weight(shape, job.layout.storage)
+    return (
+        f"{scheme.grid.level_count} shared values: n·b / (n·log2 k + k·b) = {formula:.3f}, in stored bytes {stored:.3f}"
+    )
 
 
 def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, seconds: float) -> Outcome:

@@ -135,7 +135,7 @@ _LEVELS: dict[str, Callable[[int], tuple[float, ...]]] = {
 }
 
 
-def weight_sharing_ratio(weights: int, levels: int, bits: int = 32) -> float:
+def weight_sharing_ratio(weights: float, levels: int, bits: int = 32) -> float:
     """How much smaller n weights of b bits get when they share k levels: n·b / (n·log2 k + k·b).
 
     The formula of Deep Compression (Han et al. 2016, https://arxiv.org/abs/1510.00149). It leaves out padding and
