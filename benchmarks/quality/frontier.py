@@ -37,6 +37,7 @@ from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Windows, calibration_windows, read_text
 from fettle.models.source import resolve
 from fettle.pipeline.recipe import Recipe, load_recipe, parse_recipe
+from fettle.search.budget import Budget
 
 sys.path.append(str(Path(__file__).parent / "peers"))
 from exchange import linear_shapes, pad_model, read_tensors
@@ -53,7 +54,14 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq g64": {"method": "gptq", "group_size": 64, "asymmetric": True},
     "gptq g128": {"method": "gptq", "group_size": 128, "asymmetric": True},
     "gptq g32 symmetric": {"method": "gptq", "group_size": 32, "asymmetric": False},
+    "hqq g32": {"method": "hqq", "group_size": 32, "asymmetric": True},
+    "learned_rounding g32": {"method": "learned_rounding", "group_size": 32, "asymmetric": True},
+    "gptq normal_float g32": {"method": "gptq", "grid": "normal_float", "group_size": 32},
 }
+# the mix that a budget chooses may take as many bits as peers' groups of 32 with half a scale's bits of zero points
+BUDGET_OVER_WIDTH = 0.56
+MIXED_BITS = {2: (2, 3, 4), 3: (2, 3, 4, 5), 4: (3, 4, 5, 6)}
+MIXED_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,8 @@ class Bench:
             for label, fields in OURS.items():
                 step = {**fields, "bits": width, "scale_dtype": "float16"}
                 yield self._of_recipe(parse_recipe({"name": label, "steps": [step]}, "frontier"), width)
+            if width in MIXED_BITS:
+                yield self._of_budget(width)
         for path in self.args.recipe:
             yield self._of_recipe(load_recipe(path), None)
         for name, python in self.args.peers.items():
@@ -153,6 +163,30 @@ class Bench:
                 return row | {"width": width or nearest_width(row["bits_per_weight"])}
 
         return Contender(recipe.name, True, self._key(recipe=plain), measure)
+
+    def _of_budget(self, width: int) -> Contender:
+        candidates = tuple(
+            f"learned_rounding bits={bits} group_size={size} asymmetric=true scale_dtype=float16"
+            for bits in MIXED_BITS[width]
+            for size in MIXED_GROUPS
+        )
+        budget = Budget(bits_per_weight=width + BUDGET_OVER_WIDTH, candidates=candidates)
+        calibration = {"windows": self.args.windows, "length": self.args.length, "text": self.args.calibration}
+        # of the recipe a budget takes the calibration alone
+        recipe = parse_recipe({"name": "mix", "steps": [{"method": "gptq"}], "calibration": calibration}, "frontier")
+
+        def measure() -> Row:
+            with tempfile.TemporaryDirectory() as temporary:
+                output = Path(temporary) / "out"
+                started = time.monotonic()
+                fettle.compress(
+                    self.args.model, output, recipe, budget=budget, evaluate=False, threads=self.args.threads
+                )
+                row = {"seconds": round(time.monotonic() - started, 2), "version": fettle.__version__, "width": width}
+                return row | self.evaluate(output)
+
+        key = self._key(budget=budget.bits_per_weight, candidates=candidates)
+        return Contender("learned_rounding, mix of a budget", True, key, measure)
 
     def _of_peer(self, name: str, python: str, variant: Variant) -> Contender:
         def measure() -> Row:
