@@ -1,7 +1,7 @@
 """fettle: makes a pretrained language model small, fast and cheap to run, and proves what that cost.
 
-Four calls: `load`, `compress`, `evaluate`, `generate`; and three that look first: `plan`, `inspect`, `diagnose`. They
-are imported when they are first used, so that `import fettle` costs nothing.
+Four calls: `load`, `compress`, `evaluate`, `generate`; and those that look and write nothing: `plan`, `inspect`,
+`diagnose`, `evaluate_cache`. They are imported when they are first used, so that `import fettle` costs nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "__version__", "compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"]
+__all__ = [
+    "Budget",
+    "CacheScheme",
+    "__version__",
+    "compress",
+    "diagnose",
+    "evaluate",
+    "evaluate_cache",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+]
 
 if TYPE_CHECKING:
-    from fettle.api import compress, diagnose, evaluate, generate, inspect, load, plan
-    from fettle.search.budget import Budget
+    from fettle.api import (
+        Budget,
+        CacheScheme,
+        compress,
+        diagnose,
+        evaluate,
+        evaluate_cache,
+        generate,
+        inspect,
+        load,
+        plan,
+    )
 
 
 _CALLS = frozenset(__all__) - {"__version__"}

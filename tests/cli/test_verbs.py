@@ -336,3 +336,24 @@ def test_demo_compares_and_completes(
         assert word in shown
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "demo-out" / "fettle.json").is_file()
+
+
+def test_cache_measures_what_codes_of_keys_and_values_cost(
+    tiny_llama: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--text", text_file, "--length", "64", "--max-tokens", "256", "--bits", "2", "--residual", "0"]
+    found = run_json(capsys, "cache", tiny_llama, *flags)
+    assert found["scheme"] == {"bits": 2, "group_size": 32, "residual": 0}
+    assert 0 < found["kl_mean"] < found["kl_late"] * 5
+    assert found["cache_bytes"] < found["exact_bytes"]
+    assert main(["cache", str(tiny_llama), *map(str, flags)]) == 0
+    assert "coded cache" in capsys.readouterr().out
+    assert main(["cache", str(tiny_llama), "--bits", "3"]) == 2
+    assert "kept in 2, 4, 8 bits" in capsys.readouterr().err
+
+
+def test_generate_with_a_coded_cache(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = run_json(capsys, "generate", tiny_llama, "def f", "--max-new-tokens", "12")
+    coded = run_json(capsys, "generate", tiny_llama, "def f", "--max-new-tokens", "12", "--cache-bits", "8")
+    assert coded["tokens"] == plain["tokens"]  # twelve tokens are all recent
+    assert main(["generate", str(tiny_llama), "def f", "--cache-bits", "1"]) == 2

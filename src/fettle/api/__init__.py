@@ -10,6 +10,20 @@ print(result.evaluation.kl_mean, fettle.generate("demo-4bit", "def add(a, b):"))
 from __future__ import annotations
 
 from fettle.api.compressing import Compression, compress
-from fettle.api.questions import diagnose, evaluate, generate, inspect, load, plan
+from fettle.api.questions import diagnose, evaluate, evaluate_cache, generate, inspect, load, plan
+from fettle.search.budget import Budget
+from fettle.tensors.cache_codes import CacheScheme
 
-__all__ = ["Compression", "compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"]
+__all__ = [
+    "Budget",
+    "CacheScheme",
+    "Compression",
+    "compress",
+    "diagnose",
+    "evaluate",
+    "evaluate_cache",
+    "generate",
+    "inspect",
+    "load",
+    "plan",
+]

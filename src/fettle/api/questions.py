@@ -15,12 +15,16 @@ from fettle.data.windows import evaluation_windows, read_text
 from fettle.diagnose.model import DiagnosisOptions, diagnose_folder
 from fettle.engine.completion import complete
 from fettle.errors import UsageError, unknown_word
+from fettle.evaluate.cached import CacheEvaluation
+from fettle.evaluate.cached import evaluate_cache as measure_cache
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.protocols import MatrixMethod
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
+from fettle.models.kv_cache import cache_bytes, quantized_cache
 from fettle.models.loading import LoadedModel
 from fettle.models.loading import load as load_model
 from fettle.models.source import resolve
@@ -36,7 +40,9 @@ from fettle.pipeline.run import (
     versions,
 )
 from fettle.progress import Progress, Silent
+from fettle.tensors.cache_codes import CacheScheme
 
+LONGEST_CACHE_WINDOW = 4096  # tokens, unless asked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,6 +93,39 @@ def evaluate(
     return evaluate_streaming(
         folder, base, windows, device=device, threads=threads, generic=generic, progress=progress or Silent()
     )
+
+
+def evaluate_cache(
+    model: str | Path,
+    scheme: CacheScheme,
+    *,
+    text: str | Path | None = None,
+    length: int | None = None,
+    max_tokens: int = 8192,
+    device: str = "cpu",
+    generic: bool = False,
+) -> CacheEvaluation:
+    """Measures what keeping the key-value cache as codes costs, against the same model with an exact cache.
+
+    Args:
+        model: a local folder, a hub id, or "demo"; it is loaded whole.
+        scheme: bits, group size, and how many of the newest tokens stay exact.
+        text: a UTF-8 file; None: the embedded held-out text.
+        length: tokens a window; None: the model's context, at most 4,096.
+        max_tokens: use only the start of the text.
+    """
+    scheme.check()
+    loaded = load(model, device=device, generic=generic)
+    if loaded.tokenizer is None:
+        raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
+    config = loaded.model.config.to_dict()
+    chosen = length or min(context_length(config) or LONGEST_CACHE_WINDOW, LONGEST_CACHE_WINDOW)
+    require_context(config, chosen, "length")
+    windows = evaluation_windows(
+        loaded.tokenizer, read_text(text, variant="heldout"), length=chosen, max_tokens=max_tokens
+    )
+    ids = [window.to(device) for window in windows.ids]
+    return measure_cache(loaded.model, ids, lambda: quantized_cache(loaded, scheme), cache_bytes)
 
 
 def diagnose(

@@ -16,9 +16,13 @@ from fettle.cli.output import emit_json
 from fettle.engine.completion import complete_with, require_text, stream_completion
 from fettle.engine.sampling import Sampling
 from fettle.errors import UsageError
+from fettle.models.kv_cache import quantized_cache
+from fettle.tensors.cache_codes import CacheScheme
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="How many tokens at most.", min=1)]
+
+CacheBits = Annotated[int | None, typer.Option(metavar="N", help="Keep old keys and values in 8, 4 or 2 bits.")]
 
 
 @with_flags(dataclass_flags(Sampling))
@@ -28,6 +32,7 @@ def run(
     max_new_tokens: Tokens = 64,
     device: Device = "cpu",
     generic: Generic = False,
+    cache_bits: CacheBits = None,
     json: Json = False,
     **fields: Any,
 ) -> None:
@@ -41,14 +46,17 @@ def run(
     sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
     sampling.check()
     text = _standard_input() if prompt == "-" else require_text(prompt)
+    if cache_bits is not None:
+        CacheScheme(bits=cache_bits).check()
     loaded = api.load(model, device=device, generic=generic)
+    cache = None if cache_bits is None else quantized_cache(loaded, CacheScheme(bits=cache_bits))
     began = time.monotonic()
     if json:
-        made = complete_with(loaded, text, sampling, max_new_tokens=max_new_tokens)
+        made = complete_with(loaded, text, sampling, max_new_tokens=max_new_tokens, cache=cache)
         emit_json("generate", {"prompt": text, **dataclasses.asdict(made), "seconds": time.monotonic() - began})
         return
     print(text, end="", flush=True)
-    for piece in stream_completion(loaded, text, sampling, max_new_tokens=max_new_tokens):
+    for piece in stream_completion(loaded, text, sampling, max_new_tokens=max_new_tokens, cache=cache):
         print(piece, end="", flush=True)
     print()
 

@@ -30,6 +30,7 @@ VERBS = {
     "evaluate": "Measure a written model, alone or against its original.",
     "generate": "Complete a prompt.",
     "inspect": "Show what a model is made of.",
+    "cache": "Measure a key-value cache kept in 8, 4 or 2 bits.",
     "diagnose": "Show which linears are sensitive, and why.",
     "methods": "List the compression methods and their fields.",
     "demo": "Compress the embedded model and compare it with the original.",

@@ -56,9 +56,11 @@ def complete(
     return complete_with(loaded, prompt, sampling, max_new_tokens=max_new_tokens).text
 
 
-def complete_with(loaded: LoadedModel, prompt: str, sampling: Sampling, *, max_new_tokens: int) -> Completion:
-    """As `complete`, with the tokens and the reason for the end."""
-    stream = stream_completion(loaded, prompt, sampling, max_new_tokens=max_new_tokens)
+def complete_with(
+    loaded: LoadedModel, prompt: str, sampling: Sampling, *, max_new_tokens: int, cache: Any = None
+) -> Completion:
+    """As `complete`, with the tokens and the reason for the end; `cache` as for `stream_completion`."""
+    stream = stream_completion(loaded, prompt, sampling, max_new_tokens=max_new_tokens, cache=cache)
     while True:
         try:
             next(stream)
@@ -68,9 +70,13 @@ def complete_with(loaded: LoadedModel, prompt: str, sampling: Sampling, *, max_n
 
 
 def stream_completion(
-    loaded: LoadedModel, prompt: str, sampling: Sampling, *, max_new_tokens: int
+    loaded: LoadedModel, prompt: str, sampling: Sampling, *, max_new_tokens: int, cache: Any = None
 ) -> Generator[str, None, Completion]:
-    """Yields the text piece by piece as it is made; returns the `Completion`."""
+    """Yields the text piece by piece as it is made; returns the `Completion`.
+
+    `cache` is an empty key-value cache of transformers' kind, such as `models.kv_cache.quantized_cache`; None is an
+    exact one.
+    """
     sampling.check()
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
@@ -82,7 +88,7 @@ def stream_completion(
     held = getattr(loaded.model.config, "max_position_embeddings", None)
     ids = checked_prompt(str(loaded.folder), loaded.anatomy, loaded.tokenizer, held, prompt)
     context = int(held or len(ids) + max_new_tokens)
-    return _stream(loaded, ids, sampling, min(max_new_tokens, context - len(ids)), max_new_tokens)
+    return _stream(loaded, ids, sampling, min(max_new_tokens, context - len(ids)), max_new_tokens, cache)
 
 
 def checked_prompt(model: str, anatomy: Anatomy, tokenizer: Any, context: int | None, prompt: str) -> list[int]:
@@ -141,7 +147,7 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
 
 
 def _stream(
-    loaded: LoadedModel, ids: list[int], sampling: Sampling, limit: int, wanted: int
+    loaded: LoadedModel, ids: list[int], sampling: Sampling, limit: int, wanted: int, cache: Any
 ) -> Generator[str, None, Completion]:
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(loaded.model.parameters()).device
@@ -149,7 +155,7 @@ def _stream(
     made: list[int] = []
     said = ""
     stopped: Literal["end", "length", "context"] = "length" if limit == wanted else "context"
-    fed, cache = torch.tensor([ids], device=device), None  # [1, tokens]
+    fed = torch.tensor([ids], device=device)  # [1, tokens]
     for _ in range(limit):
         with torch.inference_mode():
             output = loaded.model(input_ids=fed, past_key_values=cache, use_cache=True)
