@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fettle.methods import statistics
-from fettle.methods.statistics import Drift, Gram
+from fettle.methods.statistics import AbsoluteMaximum, AbsoluteMean, Drift, Gram
 from fettle.workers import Workers
 
 
@@ -71,6 +71,25 @@ def test_drift_is_the_product_of_the_move_and_the_inputs(monkeypatch: pytest.Mon
     )
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-3)
     assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("kind", [AbsoluteMean(), AbsoluteMaximum()])
+def test_channel_figures_are_exact_however_they_are_batched(kind: AbsoluteMean) -> None:
+    inputs = [window.bfloat16() for window in windows()]
+    everything = torch.cat(inputs).double().abs()
+    expected = everything.amax(0) if isinstance(kind, AbsoluteMaximum) else everything.mean(0)
+    found = []
+    for batch in (1, 2, 5):
+        state = kind.start(172)
+        with Workers(2) as workers:
+            for first in range(0, len(inputs), batch):
+                kind.add_(state, [*inputs[first : first + batch], inputs[0][:0]], workers)
+        assert state.tokens == len(everything)
+        found.append(kind.finish(state))
+        assert found[-1].dtype == torch.float32
+    torch.testing.assert_close(found[0], expected.float(), rtol=1e-6, atol=0)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(kind.neutral(3), torch.ones(3))
 
 
 @pytest.mark.parametrize("kind", [Gram(), Drift()])

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from fettle.cli.flags import default_words, flag_name, metavar
+from fettle.methods.protocols import RescalingMethod
 from fettle.methods.registry import METHODS
 
 
@@ -17,11 +18,16 @@ def describe_methods() -> list[dict[str, Any]]:
             "title": cls.title,
             "source": cls.source,
             "objective": cls.objective,
-            "statistics": list(cls.statistics),
+            "statistics": list(dict.fromkeys((*cls.statistics, *_rescaling(cls)))),
             "fields": _fields(cls),
         }
         for name, cls in METHODS.items()
     ]
+
+
+def _rescaling(cls: Any) -> tuple[str, ...]:
+    """What the method's rescaler looks at."""
+    return tuple(cls().rescaler().statistics) if issubclass(cls, RescalingMethod) else ()
 
 
 def _fields(cls: Any) -> list[dict[str, str]]:

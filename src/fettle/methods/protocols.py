@@ -5,6 +5,7 @@ a pure function on tensors.
 
     MatrixMethod   weight [out, in], statistics → codes
     Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
+    Rescaler       what a MatrixMethod may bring along: weights that read the same inputs → factors for those inputs
 """
 
 from __future__ import annotations
@@ -101,4 +102,38 @@ class BlockMethod(Protocol):
 
     def tuner(self) -> Tuner:
         """The tuner with this method's options."""
+        ...
+
+
+class Rescaler(Protocol):
+    """Chooses factors by which a group's columns are multiplied, and what feeds the group is divided: the model stays
+    the same function, and its weights round better. Frozen, so that equal ones work on one group.
+
+    Attributes:
+        statistics: names from `methods.statistics.STATISTICS`, of what `factors` looks at.
+    """
+
+    statistics: ClassVar[tuple[str, ...]]
+
+    def factors(
+        self, weights: Sequence[Tensor], statistics: Mapping[str, Tensor], channels: Tensor, *, dtype: str
+    ) -> Tensor:
+        """A positive factor for each channel, float32 [channels]; pure.
+
+        Args:
+            weights: float32 [out, in], all that read these inputs.
+            statistics: of these inputs.
+            channels: int64 [in], the channel that each column reads; query heads that share a key-value head read the
+                same ones.
+            dtype: the model's own, as for `MatrixMethod.scheme`.
+        """
+        ...
+
+
+@runtime_checkable
+class RescalingMethod(Protocol):
+    """A MatrixMethod that wants factors between its linears and what feeds them, before it sees a weight."""
+
+    def rescaler(self) -> Rescaler:
+        """The rescaler with this method's options."""
         ...

@@ -3,6 +3,8 @@
     gram    inputsᵀ·inputs [in, in]: how strongly each input, and each pair of inputs, is driven. With it the error that
             a changed weight makes in the outputs is exact: ‖(W - V)·inputsᵀ‖² = tr(Δ·gram·Δᵀ).
     drift   (original inputs - inputs)ᵀ·inputs [in, in]: how far compressed blocks before this one moved its inputs.
+    absolute_mean, absolute_maximum
+            mean and maximum of |inputs| [in]: how strongly each channel is driven, and its outliers.
 
 The gram is summed in float32, one window after the other, by tiles of 512 x 512 of its lower triangle; the tiles are
 independent and run side by side, so 1 and 2 threads give the same bits. The upper triangle is copied at the end.
@@ -154,4 +156,63 @@ class Drift:
         return 4 * in_features * in_features
 
 
-STATISTICS: dict[str, Statistic] = {Gram.name: Gram(), Drift.name: Drift()}
+@dataclass
+class ChannelState:
+    """A figure for each input channel on its way.
+
+    Attributes:
+        total: float64 [in], a sum or a maximum.
+        tokens: how many inputs were added.
+    """
+
+    total: Tensor
+    tokens: int = 0
+
+
+class AbsoluteMean:
+    """Mean of |inputs|, float32 [in]."""
+
+    name: ClassVar[str] = "absolute_mean"
+    paired: ClassVar[bool] = False
+
+    def start(self, in_features: int) -> ChannelState:
+        """No inputs yet: zero."""
+        return ChannelState(total=torch.zeros(in_features, dtype=torch.float64))
+
+    def add_(self, state: ChannelState, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Adds windows of inputs [tokens, in], in their order."""
+        for window in inputs:
+            state.total += window.detach().abs().sum(0, dtype=torch.float64)
+            state.tokens += len(window)
+
+    def finish(self, state: ChannelState) -> Tensor:
+        """The sum by the number of tokens."""
+        return (state.total / max(1, state.tokens)).float()
+
+    def neutral(self, in_features: int) -> Tensor:
+        """Ones: every input as strong as every other."""
+        return torch.ones(in_features)
+
+    def memory_bytes(self, in_features: int) -> int:
+        """One float64 vector [in]."""
+        return 8 * in_features
+
+
+class AbsoluteMaximum(AbsoluteMean):
+    """Maximum of |inputs|, float32 [in]."""
+
+    name: ClassVar[str] = "absolute_maximum"
+
+    def add_(self, state: ChannelState, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Looks at windows of inputs [tokens, in]."""
+        for window in inputs:
+            if len(window):
+                torch.maximum(state.total, window.detach().abs().amax(0).double(), out=state.total)
+            state.tokens += len(window)
+
+    def finish(self, state: ChannelState) -> Tensor:
+        """The largest."""
+        return state.total.float()
+
+
+STATISTICS: dict[str, Statistic] = {kind.name: kind for kind in (Gram(), Drift(), AbsoluteMean(), AbsoluteMaximum())}

@@ -24,9 +24,10 @@ from fettle.errors import CheckpointError
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import DIMENSIONS, Family, Row, find_family
 from fettle.models.generic import read_generic
-from fettle.models.parts import Anatomy, Block, Linear, Slot
+from fettle.models.parts import Anatomy, Block, Feed, Linear, Slot
+from fettle.models.sources import Source
 
-__all__ = ["Anatomy", "Block", "Linear", "Slot", "read_anatomy"]
+__all__ = ["Anatomy", "Block", "Feed", "Linear", "Slot", "read_anatomy"]
 
 
 def read_anatomy(checkpoint: Checkpoint, *, generic: bool = False) -> Anatomy:
@@ -99,6 +100,11 @@ def evaluate_shape(expression: str, dims: Mapping[str, int]) -> int:
             )
         total += int(match[1] or 1) * dims[match[2]]
     return total
+
+
+def _numbers(rows: tuple[str, str, str], dims: Mapping[str, int]) -> tuple[int, int, int]:
+    first, count, period = (evaluate_shape(part, dims) for part in rows)
+    return first, count, period
 
 
 class _Reader:
@@ -187,7 +193,31 @@ class _Reader:
             linears += [self._linear(row, index, disk, module, e if "{e}" in row.name else None) for e in range(count)]
         for name, expression in self.family.vectors:
             self._check(disk + name, self._vector_shape(expression))
-        return Block(index, module, tuple(linears), tuple(sorted(names)))
+        feeds = tuple(feed for source in self.family.sources for feed in self._feeds(source, disk, linears))
+        return Block(index, module, tuple(linears), tuple(sorted(names)), feeds)
+
+    def _feeds(self, source: Source, disk: str, linears: list[Linear]) -> list[Feed]:
+        """What a row of the family's table means in one block; for experts one each, none where nobody reads it."""
+        found = []
+        for number in sorted({linear.expert or 0 for linear in linears}) if "{e}" in source.reads else (0,):
+            name, group = (disk + part.replace("{e}", str(number)) for part in (source.name, source.reads))
+            readers = [linear for linear in linears if linear.input_group == group]
+            linear = next((linear for linear in linears if linear.name == name), None)
+            if not readers or (linear is None and source.offset is None):
+                continue
+            span, times = self.dims["head_dim"], self.dims["heads"] // self.dims["kv_heads"]
+            found.append(
+                Feed(
+                    input_group=group,
+                    weight_name=f"{name}.weight",
+                    bias_name=f"{name}.bias" if f"{name}.bias" in self.checkpoint.entries else None,
+                    linear=linear,
+                    offset=source.offset or 0.0,
+                    rows=None if source.rows is None else _numbers(source.rows, self.dims),
+                    repeats=(span, times) if source.heads else (1, 1),
+                )
+            )
+        return found
 
     def _linear(self, row: Row, block: int, disk: str, module: str, expert: int | None) -> Linear:
         name = disk + row.name.replace("{e}", str(expert))

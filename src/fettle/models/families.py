@@ -10,7 +10,7 @@ stands for an expert's number. `reads` is the key of the activations it multipli
 statistics. `shape` is [out, in] in symbols (`q`: query heads × head size, `kv`: key-value heads × head size).
 `parameter` is where transformers 5 holds it when that is another place: experts live in one 3-D parameter, gate and up
 stacked in its halves. `bias` is the key of config.json that says whether it has a bias, and what holds where it is
-silent.
+silent. `sources` says what gives out the inputs of which rows, so that a method may move a factor between them.
 
 A new family costs one `Family(...)` below and one line in the parity test.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fettle.errors import UnknownFamilyError, unknown_word
+from fettle.models.sources import OF_ATTENTION, OF_GATED_MLP, Source, norm, values
 
 #: symbol → the keys of config.json that give it, first found wins. Products and defaults are in anatomy.py.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -72,6 +73,7 @@ class Family:
     tied_by_default: bool = False
     default_head_dim: int | None = None
     blocks_return_tuple: bool = False
+    sources: tuple[Source, ...] = ()
 
 
 _ALWAYS, _NEVER = ("", True), ("", False)
@@ -127,6 +129,7 @@ LLAMA = Family(
     base_class="LlamaModel",
     rows=_attention(bias=_AS_ATTENTION_SAYS) + _gated_mlp(bias=_AS_MLP_SAYS),
     vectors=_TWO_NORMS,
+    sources=OF_ATTENTION + OF_GATED_MLP,
 )
 MISTRAL = Family(
     name="mistral",
@@ -134,6 +137,7 @@ MISTRAL = Family(
     base_class="MistralModel",
     rows=_attention() + _gated_mlp(),
     vectors=_TWO_NORMS,
+    sources=OF_ATTENTION + OF_GATED_MLP,
 )
 QWEN2 = Family(
     name="qwen2",
@@ -141,6 +145,7 @@ QWEN2 = Family(
     base_class="Qwen2Model",
     rows=_attention(bias=_ALWAYS, output_bias=_NEVER) + _gated_mlp(),
     vectors=_TWO_NORMS,
+    sources=OF_ATTENTION + OF_GATED_MLP,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -149,6 +154,7 @@ QWEN3 = Family(
     rows=_attention(bias=_AS_ATTENTION_SAYS) + _gated_mlp(),
     vectors=_TWO_NORMS + _QK_NORMS,
     default_head_dim=128,
+    sources=OF_ATTENTION + OF_GATED_MLP,
 )
 PHI3 = Family(
     name="phi3",
@@ -161,6 +167,12 @@ PHI3 = Family(
         Row(name="mlp.down_proj", role="down", reads="mlp.down_proj", shape=("hidden", "mlp")),
     ),
     vectors=_TWO_NORMS,
+    sources=(
+        norm("input_layernorm", "self_attn.qkv"),
+        values("self_attn.qkv_proj", "self_attn.o_proj", ("q+kv", "kv", "q+2kv")),
+        norm("post_attention_layernorm", "mlp.gate_up"),
+        Source(name="mlp.gate_up_proj", reads="mlp.down_proj", rows=("mlp", "mlp", "2mlp")),
+    ),
 )
 GEMMA2 = Family(
     name="gemma2",
@@ -174,6 +186,12 @@ GEMMA2 = Family(
     ),
     tied_by_default=True,
     default_head_dim=256,
+    sources=(
+        norm("input_layernorm", "self_attn.qkv", 1.0),
+        values("self_attn.v_proj", "self_attn.o_proj"),
+        norm("pre_feedforward_layernorm", "mlp.gate_up", 1.0),
+        Source(name="mlp.up_proj", reads="mlp.down_proj"),
+    ),
 )
 GPT2 = Family(
     name="gpt2",
@@ -192,6 +210,11 @@ GPT2 = Family(
     outside=(("ln_f.weight", "hidden"), ("ln_f.bias", "hidden")),
     transposed=True,
     tied_by_default=True,
+    sources=(
+        norm("ln_1", "attn.qkv"),
+        values("attn.c_attn", "attn.c_proj", ("2hidden", "hidden", "3hidden")),
+        norm("ln_2", "mlp.c_fc"),
+    ),
 )
 GPT_NEO = Family(
     name="gpt_neo",
@@ -209,6 +232,11 @@ GPT_NEO = Family(
     outside=(("ln_f.weight", "hidden"), ("ln_f.bias", "hidden")),
     tied_by_default=True,
     blocks_return_tuple=True,
+    sources=(
+        norm("ln_1", "attn.attention.qkv"),
+        values("attn.attention.v_proj", "attn.attention.out_proj"),
+        norm("ln_2", "mlp.c_fc"),
+    ),
 )
 GPT_NEOX = Family(
     name="gpt_neox",
@@ -239,6 +267,11 @@ GPT_NEOX = Family(
     head="embed_out",
     beside_prefix=("embed_out.", "lm_head."),
     renames=(("embed_out.", "lm_head."),),
+    sources=(
+        norm("input_layernorm", "attention.qkv"),
+        values("attention.query_key_value", "attention.dense", ("2head_dim", "head_dim", "3head_dim")),
+        norm("post_attention_layernorm", "mlp.dense_h_to_4h"),
+    ),
 )
 MIXTRAL = Family(
     name="mixtral",
@@ -247,6 +280,10 @@ MIXTRAL = Family(
     rows=_attention() + _experts("block_sparse_moe", "w1", "w3", "w2"),
     vectors=_TWO_NORMS,
     renames=((".block_sparse_moe.", ".mlp."),),
+    sources=(
+        *OF_ATTENTION,
+        Source(name="block_sparse_moe.experts.{e}.w3", reads="block_sparse_moe.experts.{e}.w2"),
+    ),
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -257,6 +294,11 @@ QWEN3_MOE = Family(
     + _experts("mlp", "gate_proj", "up_proj", "down_proj"),
     vectors=_TWO_NORMS + _QK_NORMS,
     default_head_dim=128,
+    sources=(
+        *OF_ATTENTION,
+        *OF_GATED_MLP,  # of the dense blocks: those of a mixture read their norm under other keys
+        Source(name="mlp.experts.{e}.up_proj", reads="mlp.experts.{e}.down_proj"),
+    ),
 )
 BERT = Family(
     name="bert",
@@ -300,6 +342,7 @@ BERT = Family(
     renames=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     causal=False,
     tied_by_default=True,
+    sources=(values("attention.self.value", "attention.output.dense"),),
 )
 
 FAMILIES: tuple[Family, ...] = (

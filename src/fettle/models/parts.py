@@ -1,4 +1,4 @@
-"""The nouns of an anatomy: `Slot`, `Linear`, `Block`, `Anatomy`. How they are read: anatomy.py."""
+"""The nouns of an anatomy: `Slot`, `Linear`, `Feed`, `Block`, `Anatomy`. How they are read: anatomy.py."""
 
 from __future__ import annotations
 
@@ -45,6 +45,33 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """A norm, or rows of a linear, whose channels are the inputs of one group of linears, and of nothing else.
+
+    Dividing channel c by s and multiplying the columns that read it by s changes no output. The columns of grouped
+    query heads share the channels of their key-value head.
+    """
+
+    input_group: str  # of all linears that read it
+    weight_name: str
+    bias_name: str | None  # divided with the weight
+    linear: Linear | None  # None for a norm
+    offset: float = 0.0  # a norm multiplies by offset + weight
+    rows: tuple[int, int, int] | None = None  # of the linear: first, count, period; None for all
+    repeats: tuple[int, int] = (1, 1)  # each run of so many channels is read so many times, one after the other
+
+    def source_rows(self, out: int) -> list[int]:
+        """The row of the linear, of `out` rows, behind each channel."""
+        first, count, period = self.rows or (0, out, out)
+        return [start + first + row for start in range(0, out, period) for row in range(count)]
+
+    def channels(self, in_features: int) -> list[int]:
+        """The channel that each column of the reading linears reads."""
+        span, times = self.repeats
+        return [column // (span * times) * span + column % span for column in range(in_features)]
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer layer: its matrices, and every checkpoint tensor that belongs to it."""
 
@@ -52,6 +79,7 @@ class Block:
     name: str  # the transformers module's name: "model.layers.0"
     linears: tuple[Linear, ...]
     tensors: tuple[str, ...]
+    feeds: tuple[Feed, ...] = ()  # none where the family's table names none, and for families without a table
 
 
 @dataclass(frozen=True)

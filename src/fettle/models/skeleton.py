@@ -302,6 +302,13 @@ class Skeleton:
             return
         self._view(linear).copy_(weight)
 
+    @torch.no_grad()
+    def set_vector_(self, index: int, name: str, values: Tensor) -> None:
+        """Writes values into checkpoint tensor `name` (a norm, a bias) of the loaded block."""
+        parameter = self._block_parameter(index, self.anatomy.parameters[name])
+        assert parameter is not None and not parameter.is_meta, name
+        parameter.copy_(values)
+
     # ---- behind the blocks
 
     def load_head(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fettle.methods.protocols import BlockMethod, MatrixMethod, Tuner
+from fettle.methods.protocols import BlockMethod, MatrixMethod, Rescaler, RescalingMethod, Tuner
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.writer import shard_bytes
@@ -42,9 +42,16 @@ class Compression:
         return self.method.tuner()
 
     @property
+    def rescaler(self) -> Rescaler | None:
+        """What chooses factors for its inputs beforehand; None for most methods, and outside the blocks."""
+        if self.linear.block is None or not isinstance(self.method, RescalingMethod):
+            return None
+        return self.method.rescaler()
+
+    @property
     def looks_at_data(self) -> bool:
         """Whether windows of text are needed."""
-        return bool(self.statistics) or self.tuner is not None
+        return bool(self.statistics) or self.tuner is not None or self.rescaler is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ A `Stream` holds the hidden states of every window in front of the current block
 as it stands and sums up what the methods of its linears declared; `run_on` runs them through for good.
 
 Where a method looks at the drift (how far the compressed blocks moved the inputs), the base's own states travel beside
-them, through a second copy of the block as it was.
+them, through a second copy of the block as it was. Inputs that were rescaled in the one are divided in what is taken
+from the other, so that both are in the same units.
 
 An expert of a mixture sees only the tokens that its router sends it: its statistics are its own tokens', and an expert
 that saw fewer than a quarter as many tokens as it has inputs is compressed with the statistic's neutral element (a
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,6 +146,7 @@ class Stream:
             for ids in {len(window): window for window in job.windows}.values():
                 self.twin.embed(ids.unsqueeze(0))
             self.twin.free_head()
+        self.factors: dict[str, Tensor] = {}  # input group → what the loaded block's inputs were divided by, [in]
         count = len(job.windows)
         self.hidden = states[:count]
         # A resumed run kept both; a fresh one starts both from the same embeddings.
@@ -163,6 +165,7 @@ class Stream:
 
     def free_block(self, block: int) -> None:
         """Takes the compressed block's memory back."""
+        self.factors = {}
         self.skeleton.free_block(block)
 
     def checked_weight(self, linear: Linear) -> Tensor:
@@ -171,14 +174,15 @@ class Stream:
         check_finite(linear.weight_name, weight)
         return weight.cpu()
 
-    def collect(self, block: int, stage: Sequence[Compression]) -> dict[str, Seen]:
-        """What the methods of these linears declared, by input group; sends every window as far as it is needed."""
-        wanted = {item.linear.input_group: item.linear.shape[1] for item in stage if item.statistics}
+    def collect(self, block: int, asked: Iterable[tuple[Linear, Sequence[str]]]) -> dict[str, Seen]:
+        """The statistics that are asked for of linears' inputs, by input group; sends every window as far as needed."""
+        asked = [(linear, kinds) for linear, kinds in asked if kinds]
+        wanted = {linear.input_group: linear.shape[1] for linear, _ in asked}
         if not wanted:
             return {}
-        experts = {item.linear.input_group for item in stage if item.linear.expert is not None}
+        experts = {linear.input_group for linear, _ in asked if linear.expert is not None}
         declared = {
-            group: sorted({k for item in stage if item.linear.input_group == group for k in item.statistics})
+            group: sorted({kind for linear, kinds in asked if linear.input_group == group for kind in kinds})
             for group in wanted
         }
         for group in experts & declared.keys():  # the original's router sends other tokens: there are no pairs
@@ -217,7 +221,8 @@ class Stream:
     def _original_inputs(self, block: int, window: int, groups: frozenset[str]) -> dict[str, Tensor]:
         if not groups or self.twin is None:
             return {}
-        return self.twin.inputs_of(block, self.original[window], groups)
+        found = self.twin.inputs_of(block, self.original[window], groups)
+        return {group: x / self.factors[group] if group in self.factors else x for group, x in found.items()}
 
     def _seen(
         self, group: str, kinds: list[str], states: dict[tuple[str, str], object], tokens: int, in_features: int

@@ -2,6 +2,7 @@
 
     for each unit (a block, then what stands outside):
         load        the block's tensors, from the base's shards
+        rescale     move factors between what feeds linears and the linears, where their methods choose any
         collect     the statistics that the methods of its linears declare, on inputs that already passed the
                     compressed blocks before
         compress    each linear: method(weight, statistics) → codes, independent linears side by side
@@ -24,6 +25,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +39,7 @@ from fettle.models.writer import write_shard
 from fettle.pipeline.block_objective import BlockObjective
 from fettle.pipeline.journal import Journal, LedgerLine, ShardRecord
 from fettle.pipeline.layout import METADATA, Compression, Unit
+from fettle.pipeline.rescaling import rescale_block
 from fettle.pipeline.stream import Job, Outcome, Seen, Stream, compress_linear, renewed
 from fettle.progress import Progress
 
@@ -87,7 +90,8 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
     """The tensors of one shard, and a ledger line for each linear in it."""
     tensors = {name: _kept_tensor(job, name) for name in unit.kept}
     if unit.block is not None and stream is not None:
-        outcomes = _compress_block(job, unit, stream)
+        outcomes, changed = _compress_block(job, unit, stream)
+        tensors |= changed
     else:
         inputs = stream.outside_statistics(unit) if stream is not None else {}
         outcomes = job.workers.map(
@@ -100,16 +104,18 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
     return tensors, [outcome.line for outcome in outcomes]
 
 
-def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
+def _compress_block(job: Job, unit: Unit, stream: Stream) -> tuple[list[Outcome], dict[str, Tensor]]:
+    """What became of each linear, and the kept tensors that are not the base's any more."""
     assert unit.block is not None
     stream.load_block(unit.block)
+    rescaled = rescale_block(job, unit, stream)
     outcomes: list[Outcome] = []
     originals = {c.linear.name: stream.checked_weight(c.linear) for c in unit.compressed if c.tuner is not None}
     stages = _stages(unit.compressed, job)
     if not stages:
         stream.leave_original(unit.block)
     for stage in stages:
-        statistics = stream.collect(unit.block, stage)
+        statistics = stream.collect(unit.block, [(item.linear, item.statistics) for item in stage])
         if stage is stages[-1]:  # the last linears are often the largest: their solver wants the memory
             stream.leave_original(unit.block)
         solved = job.workers.map(partial(_solve, job, stream, statistics), stage)
@@ -120,7 +126,12 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> list[Outcome]:
     if unit.index < job.last_data_unit:
         stream.run_on(unit.block)
     stream.free_block(unit.block)
-    return outcomes
+    return [_noted(outcome, rescaled.notes.get(outcome.line.linear, "")) for outcome in outcomes], rescaled.tensors
+
+
+def _noted(outcome: Outcome, note: str) -> Outcome:
+    together = "; ".join(part for part in (outcome.line.note, note) if part)
+    return replace(outcome, line=replace(outcome.line, note=together))
 
 
 def _tune_block(
