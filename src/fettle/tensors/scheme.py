@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -240,7 +241,7 @@ def _remainder_from_dict(mapping: dict[str, Any] | None) -> RemainderScheme | No
     kind, fields = str(mapping.get("kind")), {key: value for key, value in mapping.items() if key != "kind"}
     if kind not in kinds:
         raise RecipeError(unknown_word("remainder", kind, kinds))
-    known = kinds[kind].__dataclass_fields__
+    known = [field.name for field in dataclass_fields(kinds[kind])]
     for key in (*fields, *known):
         if key not in known or key not in fields:
             raise RecipeError(unknown_word(f"field of the remainder {kind}", key, known))

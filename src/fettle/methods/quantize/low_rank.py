@@ -14,7 +14,8 @@ A = U is rounded to its stored type; B = A⁺·E, the least squares for the roun
 felt. Each vector's largest entry is positive: the signs of an eigenvector are nobody's choice.
 
 Codes and factors take turns (`rounds`, as in LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659): codes of W - AB,
-then factors of W - V. With GPTQ a last pass moves codes and scales under the factors. The best state of all is taken.
+then factors of W - V. With GPTQ the codes after the first are not solved for anew, which measured no better than one
+round; they and their scales move from where they are (`refine.py`). The best state of all is taken.
 
 Cost: a round is the solver's plus out·in·min(out, in) and an eigendecomposition of the shorter side, about 9·side³.
 """
@@ -82,7 +83,7 @@ def low_rank_correction(
     scheme: Scheme,
     *,
     solver: SolverName = "gptq",
-    rounds: int = 1,
+    rounds: int = 2,
     weighted: bool = True,
 ) -> QuantizedTensor:
     """Codes and factors of weight [out, in] in `scheme`; pure.
@@ -91,19 +92,11 @@ def low_rank_correction(
         NonFiniteError: NaN or infinity in the weight or the gram, or a scale or a factor beyond its type.
     """
     solving = Solver(solver, weight, statistics, scheme)
-    best: QuantizedTensor | None = None
-    rest = solving.target
-    for _ in range(rounds):
-        found = _with_factors(replace(solving.codes(rest), scheme=scheme), solving, weighted)
-        best = found if best is None else solving.better(best, found)
-        assert isinstance(found.remainder, FactoredTensor)
-        rest = solving.target - found.remainder.left.float() @ found.remainder.right.float()
-    assert best is not None
-    refined = solving.refined(best)
-    if refined is best:
-        return best
-    best = solving.better(best, refined)
-    return solving.better(best, _with_factors(refined, solving, weighted))
+    best = _with_factors(replace(solving.codes(solving.target), scheme=scheme), solving, weighted)
+    for _ in range(rounds - 1):
+        again = solving.again(best)
+        best = solving.better(solving.better(best, again), _with_factors(again, solving, weighted))
+    return best
 
 
 def _with_factors(found: QuantizedTensor, solving: Solver, weighted: bool) -> QuantizedTensor:

@@ -111,7 +111,7 @@ def sparse_outliers(
     dtype = scheme.remainder_spec(shape)["weight_sparse_values"][0]
     best = _with_entries(replace(solving.codes(rest), scheme=scheme), solving, places, dtype)
     for _ in range(ROUNDS if solver == "gptq" else 0):
-        best = solving.better(best, _with_entries(solving.refined(best), solving, places, dtype))
+        best = solving.better(best, _with_entries(solving.again(best), solving, places, dtype))
     return best
 
 

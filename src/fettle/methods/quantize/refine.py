@@ -22,6 +22,7 @@ from torch import Tensor
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import stored_scale
 from fettle.tensors.quantized import QuantizedTensor, row_tiles
+from fettle.tensors.remainder import Remainder
 from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
 
@@ -61,19 +62,23 @@ def _around_the_rest(
     quantized: QuantizedTensor, weight: Tensor, gram: Tensor, damping: float, passes: int
 ) -> QuantizedTensor:
     """`refine` for the codes alone: what they should be is the weight less the remainder, in units of its scale."""
-    target = weight.float().clone()
-    if quantized.remainder is not None:
-        kept = torch.zeros_like(target)
-        for rows in row_tiles(*quantized.shape):
-            quantized.remainder.add_to_(kept[rows], rows)
-        target -= kept
+    target = weight if quantized.remainder is None else less_remainder(weight, quantized.remainder)
     if quantized.tensor_scale is not None:
-        target /= quantized.tensor_scale
+        target = target.float() / quantized.tensor_scale
     bare = QuantizedTensor.of(quantized.codes, quantized.shared, quantized.scheme.codes_alone)
     better = refine(bare, target, gram, damping=damping, passes=passes)
     return replace(
         quantized, codes=better.codes, scale=better.scale, zero_point=better.zero_point, levels=better.levels
     )
+
+
+def less_remainder(weight: Tensor, remainder: Remainder) -> Tensor:
+    """What is left for the codes, float32 [out, in]."""
+    left = torch.empty(weight.shape, dtype=torch.float32)
+    for rows in row_tiles(weight.shape[0], weight.shape[1]):
+        tile = weight[rows].float()
+        left[rows] = tile - remainder.add_to_(torch.zeros_like(tile), rows)
+    return left
 
 
 class _Tile:

@@ -8,6 +8,7 @@ correction for drifted inputs where the walk measures the drift.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from fettle.errors import NonFiniteError
 from fettle.methods.quantize.errors import output_error, weight_error
 from fettle.methods.quantize.gptq import GptqOptions, gptq
 from fettle.methods.quantize.ranges import NOT_FINITE, in_tensor_units
-from fettle.methods.quantize.refine import refine
+from fettle.methods.quantize.refine import less_remainder, refine
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.methods.quantize.sweep import Factor, corrected, factorize
 from fettle.tensors.quantized import QuantizedTensor
@@ -64,11 +65,12 @@ class Solver:
         options = GptqOptions(damping=DAMPING, clip="best", refine_passes=REFINE_PASSES)
         return in_tensor_units(weight, scheme, lambda units: gptq(units, gram, scheme, options))
 
-    def refined(self, quantized: QuantizedTensor) -> QuantizedTensor:
-        """With codes and scales that fit the target and the remainder better; as they are without GPTQ."""
-        if self._name == "round_to_nearest" or self.gram is None:
-            return quantized
-        return refine(quantized, self.target, self.gram, damping=self.damping, passes=REFINE_PASSES)
+    def again(self, quantized: QuantizedTensor) -> QuantizedTensor:
+        """Codes and scales for what the remainder leaves: GPTQ's move from where they are, rounded ones start anew."""
+        if self._name == "gptq" and self.gram is not None:
+            return refine(quantized, self.target, self.gram, damping=self.damping, passes=REFINE_PASSES)
+        rest = self.target if quantized.remainder is None else less_remainder(self.target, quantized.remainder)
+        return replace(self.codes(rest), scheme=quantized.scheme, remainder=quantized.remainder)
 
     def error(self, quantized: QuantizedTensor) -> float:
         """How far values and remainder are from the target, relative to it."""
