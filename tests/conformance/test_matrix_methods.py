@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,10 @@ def assert_same(one: QuantizedTensor, other: QuantizedTensor) -> None:
         first, second = getattr(one, name), getattr(other, name)
         assert (first is None) == (second is None)
         assert first is None or torch.equal(first, second), name
+    assert (one.remainder is None) == (other.remainder is None)
+    if one.remainder is not None and other.remainder is not None:
+        state = other.remainder.to_state()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.remainder.to_state().items())
 
 
 def assert_well_formed(found: QuantizedTensor, shape: tuple[int, int], scheme: Scheme) -> None:
@@ -101,6 +106,8 @@ def assert_well_formed(found: QuantizedTensor, shape: tuple[int, int], scheme: S
     assert (found.tensor_scale is not None) == scheme.has_tensor_scale
     assert bool((found.scale > 0).all())
     assert (found.zero_point is not None) == scheme.zero_point
+    beside = {} if found.remainder is None else found.remainder.to_state()
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in beside.items()} == scheme.remainder_spec(shape)
     assert bool(torch.isfinite(found.dequantize()).all())
 
 
@@ -212,6 +219,7 @@ def test_other_types_of_weight_are_accepted(name: str, dtype: torch.dtype) -> No
 @every_case
 def test_values_on_the_grid_come_back(name: str, fields: dict[str, Any]) -> None:
     found = compress(name, {**fields, "scale_dtype": "float32"}, random_weight(7, 172), statistics_of(172))
+    found = replace(found, remainder=None)  # the codes alone: what is beside them has no grid
     again = quantize(found.dequantize(), found.scale, found.zero_point, found.scheme, levels=found.levels)
     assert torch.equal(again.codes, found.codes)
 
@@ -250,7 +258,7 @@ def test_no_worse_than_round_to_nearest_in_its_own_objective(name: str, fields: 
     for seed in range(4):
         weight, statistics = random_weight(24, 172, seed), statistics_of(172, seed)
         found = compress(name, fields, weight, statistics)
-        nearest = round_to_nearest(weight, method.scheme("bfloat16"))
+        nearest = round_to_nearest(weight, method.scheme("bfloat16").codes_alone)
         ours += OBJECTIVES[method.objective](weight, found, statistics["gram"])
         theirs += OBJECTIVES[method.objective](weight, nearest, statistics["gram"])
     assert ours <= theirs * (1 + 1e-6)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from fettle.errors import UsageError
 from fettle.kernels import explain, find, reference
-from fettle.tensors import Scheme, uniform
+from fettle.tensors import FactoredScheme, Scheme, SparseScheme, uniform
 
 
 @pytest.mark.parametrize("storage", ["pack-quantized", "int-quantized"])
@@ -40,6 +40,25 @@ def test_outputs_are_those_of_the_dequantized_weight(
         torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=5e-3)
         if tile > 500:
             assert torch.equal(outputs, expected)
+
+
+@pytest.mark.parametrize("storage", ["pack-quantized", "int-quantized"])
+@pytest.mark.parametrize("remainder", [SparseScheme(share=0.03), FactoredScheme(rank=3), FactoredScheme(rank=100)])
+@pytest.mark.parametrize("shape", [(13, 172), (1, 1), (5, 33), (130, 7)], ids=str)
+@pytest.mark.parametrize("tile", [1 << 22, 100])
+def test_remainders_are_multiplied_too(
+    storage: str, remainder: Any, shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "TILE_WEIGHTS", tile)
+    for scale_dtype in ("bfloat16", "float8_e4m3fn"):
+        scheme = Scheme(
+            grid=uniform(8), granularity="group", group_size=24, scale_dtype=scale_dtype, remainder=remainder
+        )
+        weight = random_quantized(scheme, shape)
+        inputs, bias = torch.randn(2, 5, shape[1]), torch.randn(shape[0])
+        outputs = find("linear", storage, "cpu").run(inputs, weight.to_state(storage), scheme, bias)
+        expected = linear(inputs.double(), weight.dequantize().double(), bias.double())
+        torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=5e-3)
 
 
 def test_narrow_inputs_are_computed_wide() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fettle.errors import RecipeError
-from fettle.tensors import QuantizedTensor, Scheme, uniform
+from fettle.tensors import QuantizedTensor, Scheme, SparseScheme, SparseTensor, uniform
 from fettle.tensors.levels import GridName, named
+from fettle.tensors.remainder import RemainderScheme
 from fettle.tensors.scheme import SCALE_DTYPES
 
 INT4 = Scheme(grid=uniform(4), granularity="group", group_size=32, zero_point=True, scale_dtype="bfloat16")
@@ -43,14 +44,32 @@ def random_quantized(scheme: Scheme, shape: tuple[int, int], seed: int = 0) -> Q
     if scheme.grid.is_learned:
         levels = torch.randn(*scale_shape, top, generator=generator).to(scheme.value_dtype).sort(dim=-1).values
         scale = torch.ones_like(scale)
-    return QuantizedTensor(
+    alone = QuantizedTensor(
         codes=torch.randint(0, scheme.grid.level_count, shape, dtype=torch.uint8, generator=generator),
         scale=scale,
         zero_point=zero_point if scheme.zero_point else None,
-        scheme=scheme,
+        scheme=scheme.codes_alone,
         levels=levels,
         tensor_scale=torch.rand(1, generator=generator) + 0.1 if scheme.has_tensor_scale else None,
     )
+    return alone if scheme.remainder is None else with_remainder(alone, scheme.remainder, seed)
+
+
+def with_remainder(alone: QuantizedTensor, scheme: RemainderScheme, seed: int = 0) -> QuantizedTensor:
+    """The same codes with a random remainder beside them."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    whole, (rows, columns) = replace(alone.scheme, remainder=scheme), alone.shape
+    state = {}
+    for name, (dtype, dimensions) in whole.remainder_spec(alone.shape).items():
+        if dtype.is_floating_point:
+            state[name] = torch.randn(dimensions, generator=generator).to(dtype)
+    remainder = None
+    if isinstance(scheme, SparseScheme) and state:
+        places = torch.randperm(rows * columns, generator=generator)[: scheme.count(alone.shape)].sort().values
+        remainder = SparseTensor.at(places, state["weight_sparse_values"], alone.shape)
+    elif state:
+        remainder = scheme.from_state(state, alone.shape)
+    return replace(alone, scheme=whole, remainder=remainder)
 
 
 @given(scheme=schemes(), rows=st.integers(1, 40), columns=st.integers(1, 100))

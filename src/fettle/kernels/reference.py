@@ -5,6 +5,8 @@
 Arithmetic is float32 whatever the inputs' type (on CPUs without bf16 units a bf16 product is forty times slower), and
 the result is cast back. Memory beside inputs and outputs: one tile of at most 4 M weights, so a layer is never dense
 as a whole unless it is small; a small one takes a single product, bit for bit that of a dense linear.
+
+A sparse remainder is added to each tile; a factored one is multiplied with by itself, in two thin products.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fettle.tensors.factored import FactoredTensor
 from fettle.tensors.packing import unpack_bits
 from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_shared
 from fettle.tensors.scales import Shared
@@ -64,14 +67,20 @@ def _tiled(
 ) -> Tensor:
     found = stored_shared(state, scheme, scheme.scale_shape(shape))
     shared = Shared(scale=found.scale, zero_point=_zero_point(state, scheme, shape[0]), levels=found.levels)
+    remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
     wide = inputs.float()
     outputs = []
     for rows in row_tiles(*shape, TILE_WEIGHTS):
         weight = dequantize_rows(codes_of(rows), shared.rows(rows, scheme), scheme).float()
         if scheme.has_tensor_scale:
             weight *= state["weight_tensor_scale"]
+        if remainder is not None and not isinstance(remainder, FactoredTensor):
+            remainder.add_to_(weight, rows)
         outputs.append(linear(wide, weight, None if bias is None else bias[rows].float()))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(inputs.dtype)
+    product = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    if isinstance(remainder, FactoredTensor):
+        product += remainder.multiply(wide)
+    return product.to(inputs.dtype)
 
 
 def _zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features: int) -> Tensor | None:

@@ -7,8 +7,8 @@ Two spellings in `config.json`:
   with plain `transformers` and vLLM. Folders of other programs in this format are understood too (exact names, `re:`
   patterns, classes).
 - `"quant_method": "fettle"` for everything else: a group size that does not divide the row, GPT-2's Conv1D, experts
-  (transformers 5 holds them as 3-D parameters), routers, embeddings, non-uniform grids. The tensors are stored the same
-  way, and the schemes stand in the config.
+  (transformers 5 holds them as 3-D parameters), routers, embeddings, non-uniform grids, remainders kept beside the
+  codes. The tensors are stored the same way, and the schemes stand in the config.
 
 transformers 5 *skips* a quantization method that it does not know and answers with random weights. The keys in
 `_REFUSAL` prevent that: they lead it to parse our sentence as a dtype, which fails, with the sentence in the error. A
@@ -39,7 +39,9 @@ _REFUSAL = {
     "bnb_4bit_compute_dtype": "this folder was written by fettle, and transformers cannot read it: use fettle.load",
 }
 _CODE_NAMES = (
-    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_levels", "weight_tensor_scale"
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_levels", "weight_tensor_scale",
+    "weight_sparse_values", "weight_sparse_columns", "weight_sparse_offsets",
+    "weight_factor_left", "weight_factor_right",
 )  # fmt: skip
 _CLASSES = ("Linear", "Conv1D", "Embedding")  # a target by class; that it is stored as codes, the tensors say
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -83,6 +85,8 @@ def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
     if not scheme.grid.is_uniform:
         return f"the grid {scheme.grid.name} of {linear.name} is not uniform"
+    if scheme.remainder is not None:
+        return f"{linear.name} keeps {scheme.remainder.describe()} beside its codes"
     if scheme.torch_scale_dtype.itemsize == 1:
         return f"the integers of {linear.name} have {scheme.scale_dtype} scales"
     if storage == "int-quantized" and scheme.grid.bits != 8:
@@ -290,12 +294,15 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
         needed.add("weight_zero_point")
     if stored.scheme.has_tensor_scale:
         needed.add("weight_tensor_scale")
+    beside = stored.scheme.remainder_spec(linear.shape)
+    needed.update(beside)
     missing = sorted(needed - set(state))
     if missing:
         raise CheckpointError(
             f"{linear.name} is stored as codes, but tensors {[f'{stem}.{n}' for n in missing]} are missing."
         )
-    for name in ("weight_scale", "weight_levels", "weight_tensor_scale"):
+    remainders = (name for name, (dtype, _) in beside.items() if dtype.is_floating_point)
+    for name in ("weight_scale", "weight_levels", "weight_tensor_scale", *remainders):
         if name in needed:
             check_finite(f"{stem}.{name}", state[name])
     try:

@@ -15,7 +15,8 @@ from fettle.methods.protocols import BlockMethod, MatrixMethod, Rescaler, Rescal
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.writer import shard_bytes
-from fettle.tensors.scheme import Scheme, TensorSpec
+from fettle.tensors.remainder import TensorSpec
+from fettle.tensors.scheme import Scheme
 
 LARGE_TENSOR_BYTES = 64 * 2**20
 METADATA = {"format": "pt"}  # loaders ask for it

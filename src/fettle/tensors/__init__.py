@@ -3,13 +3,27 @@
 Grid             the levels                                     grid.py
 Scheme           grid + granularity + scale type + zero point   scheme.py
 QuantizedTensor  codes, scale, zero point, scheme               quantized.py
+SparseTensor     a few weights kept apart, with their places    sparse.py
+FactoredTensor   two thin matrices beside the codes             factored.py
 pack_bits        codes as the standard's int32 words            packing.py
 """
 
 from __future__ import annotations
 
+from fettle.tensors.factored import FactoredScheme, FactoredTensor
 from fettle.tensors.grid import Grid, uniform
 from fettle.tensors.quantized import QuantizedTensor, quantize
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.sparse import SparseScheme, SparseTensor
 
-__all__ = ["Grid", "QuantizedTensor", "Scheme", "quantize", "uniform"]
+__all__ = [
+    "FactoredScheme",
+    "FactoredTensor",
+    "Grid",
+    "QuantizedTensor",
+    "Scheme",
+    "SparseScheme",
+    "SparseTensor",
+    "quantize",
+    "uniform",
+]

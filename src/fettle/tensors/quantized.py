@@ -3,7 +3,8 @@
     value[o, i] = (levels[codes[o, i]] - levels[zero_point[o, g]]) · scale[o, g]      g = i // group_size
 
 without a zero point the second term is left out; learned levels are a table of each tensor, row or group, and have no
-scale; a tensor scale, where the scheme has one, multiplies everything.
+scale; a tensor scale, where the scheme has one, multiplies everything. A remainder, where the scheme has one, is added
+to the rounded values in float32.
 
 The product is rounded to the scale's type, as compressed-tensors'
 decompression does it: the difference of two codes is an integer below 256 in size, exact in every scale type, so its
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fettle.errors import CheckpointError
 from fettle.tensors.packing import pack_bits, unpack_bits
+from fettle.tensors.remainder import Remainder
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
 
@@ -39,6 +41,7 @@ class QuantizedTensor:
         scheme: what the others mean.
         levels: `scheme.value_dtype` [out, groups, 2**bits] with the learned grid; None with any other.
         tensor_scale: float32 [1] where the scheme has one; None otherwise.
+        remainder: what is added to the values of the codes; None without, and where the weight is too small for one.
     """
 
     codes: Tensor
@@ -47,6 +50,7 @@ class QuantizedTensor:
     scheme: Scheme
     levels: Tensor | None = None
     tensor_scale: Tensor | None = None
+    remainder: Remainder | None = None
 
     @classmethod
     def of(cls, codes: Tensor, shared: Shared, scheme: Scheme) -> QuantizedTensor:
@@ -71,9 +75,11 @@ class QuantizedTensor:
         return weight
 
     def dequantize_tile(self, rows: slice) -> Tensor:
-        """The values of some rows, [rows, in], in the scheme's `value_dtype`."""
+        """The values of some rows, [rows, in], in the scheme's `value_dtype`; float32 with a remainder."""
         values = dequantize_rows(self.codes[rows], self.shared.rows(rows, self.scheme), self.scheme)
-        return values if self.tensor_scale is None else values.mul_(self.tensor_scale)
+        if self.tensor_scale is not None:
+            values.mul_(self.tensor_scale)
+        return values if self.remainder is None else self.remainder.add_to_(values.float(), rows)
 
     def nbytes(self, storage: str = "pack-quantized") -> int:
         """Bytes on disk of everything that `to_state` returns."""
@@ -108,7 +114,7 @@ class QuantizedTensor:
             else:
                 signed = _signed(self.zero_point, bits)
                 state["weight_zero_point"] = signed.reshape(-1) if whole else signed
-        return state
+        return state if self.remainder is None else state | self.remainder.to_state()
 
     @classmethod
     def from_state(
@@ -117,7 +123,8 @@ class QuantizedTensor:
         """The inverse of `to_state`.
 
         Raises:
-            CheckpointError: a tensor is missing, or has another type or shape than the scheme says.
+            CheckpointError: a tensor is missing, has another type or shape than the scheme says, or names what is not
+                there.
             RecipeError: the storage cannot hold this scheme.
         """
         shape = stored_shape(state, scheme, storage)
@@ -139,6 +146,9 @@ class QuantizedTensor:
                 "is damaged"
             )
         shared = stored_shared(state, scheme, (rows, groups))
+        remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
+        if remainder is not None:
+            remainder.check()
         return cls(
             codes=codes,
             scale=shared.scale,
@@ -146,6 +156,7 @@ class QuantizedTensor:
             levels=shared.levels,
             scheme=scheme,
             tensor_scale=state["weight_tensor_scale"] if scheme.has_tensor_scale else None,
+            remainder=remainder,
         )
 
 

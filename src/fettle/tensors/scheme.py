@@ -15,22 +15,27 @@ out in the same way and marked as fettle's own by `models/storage.py`):
 Scales may have eight bits themselves: float8_e8m0fnu, powers of two (the MX formats), and float8_e4m3fn, which has too
 little range for a model's scales and so comes with one float32 for the whole tensor (the NV formats):
 weight_tensor_scale [1]. Learned levels replace the scale: weight_levels [out, groups, 2^bits] (tensor: [1, 1, 2^bits]).
+
+A remainder, where a scheme has one, stands beside the codes in tensors of its own: `sparse.py`, `factored.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, cast, get_args
 
 import torch
 
 from fettle.errors import RecipeError, unknown_word
+from fettle.tensors.factored import FactoredScheme
 from fettle.tensors.grid import Grid
+from fettle.tensors.remainder import RemainderScheme, TensorSpec
+from fettle.tensors.sparse import SparseScheme
 
 Granularity = Literal["tensor", "channel", "group"]
 Storage = Literal["pack-quantized", "int-quantized"]
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 SCALE_DTYPES = {
     "float16": torch.float16,
@@ -51,6 +56,7 @@ class Scheme:
         group_size: columns a group, with "group" only; need not divide the row.
         zero_point: whether each scale comes with the code that stands for zero (asymmetric; uniform grids only).
         scale_dtype: a key of `SCALE_DTYPES`; of learned levels the type of the levels.
+        remainder: what is kept beside the codes and added to their values; None for nothing.
     """
 
     grid: Grid
@@ -58,6 +64,12 @@ class Scheme:
     group_size: int | None = None
     zero_point: bool = False
     scale_dtype: str = "float32"
+    remainder: RemainderScheme | None = None
+
+    @property
+    def codes_alone(self) -> Scheme:
+        """The same without a remainder."""
+        return replace(self, remainder=None)
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -102,6 +114,8 @@ class Scheme:
                 f"learned levels in {self.scale_dtype} would be no finer than a float8 grid; allowed: float16, "
                 "bfloat16, float32"
             )
+        if self.remainder is not None:
+            self.remainder.validate()
 
     def group_count(self, in_features: int) -> int:
         """Scales a row."""
@@ -143,7 +157,11 @@ class Scheme:
             spec["weight_zero_point"] = (
                 (torch.int32, (math.ceil(rows * bits / 32), groups)) if packed else (torch.int8, scale_shape)
             )
-        return spec
+        return spec | self.remainder_spec(shape)
+
+    def remainder_spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """The part of `state_spec` that is not codes and what they share."""
+        return {} if self.remainder is None else self.remainder.state_spec(shape, self.torch_scale_dtype)
 
     def check_storage(self, storage: str) -> None:
         """Checks that `storage` can hold this scheme.
@@ -160,7 +178,7 @@ class Scheme:
             )
 
     def stored_bytes(self, shape: tuple[int, int], storage: str = "pack-quantized") -> int:
-        """Bytes on disk of a weight [out, in]: codes, scales, zero points and the shape tensor, exactly."""
+        """Bytes on disk of a weight [out, in]: codes, scales, zero points, shape tensor and remainder, exactly."""
         spec = self.state_spec(shape, storage).values()
         return sum(dtype.itemsize * math.prod(dimensions) for dtype, dimensions in spec)
 
@@ -170,13 +188,14 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back."""
-        return {
+        plain: dict[str, Any] = {
             "grid": self.grid.to_dict(),
             "granularity": self.granularity,
             "group_size": self.group_size,
             "zero_point": self.zero_point,
             "scale_dtype": self.scale_dtype,
         }
+        return plain if self.remainder is None else {**plain, "remainder": self.remainder.to_dict()}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Scheme:
@@ -185,7 +204,7 @@ class Scheme:
         Raises:
             RecipeError: an unknown key, or parts that do not fit together.
         """
-        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype")
+        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype", "remainder")
         for key in mapping:
             if key not in allowed:
                 raise RecipeError(unknown_word("key of a scheme", str(key), allowed))
@@ -195,6 +214,7 @@ class Scheme:
             group_size=mapping.get("group_size"),
             zero_point=bool(mapping.get("zero_point", False)),
             scale_dtype=str(mapping.get("scale_dtype", "float32")),
+            remainder=_remainder_from_dict(mapping.get("remainder")),
         )
         scheme.validate()
         return scheme
@@ -205,4 +225,24 @@ class Scheme:
         what = "table" if self.grid.is_learned else "scale"
         shared = f"group {self.group_size}" if self.granularity == "group" else f"a {what} a {self.granularity}"
         tensor = " and a tensor scale" if self.has_tensor_scale else ""
-        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} {what}{tensor}"
+        beside = f", {self.remainder.describe()}" if self.remainder is not None else ""
+        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} {what}{tensor}{beside}"
+
+
+def _remainder_from_dict(mapping: dict[str, Any] | None) -> RemainderScheme | None:
+    """The inverse of a remainder's `to_dict`.
+
+    Raises:
+        RecipeError: an unknown kind, or other fields than the kind has.
+    """
+    if mapping is None:
+        return None
+    kinds: dict[str, type[SparseScheme] | type[FactoredScheme]] = {c.kind: c for c in (SparseScheme, FactoredScheme)}
+    kind, fields = str(mapping.get("kind")), {key: value for key, value in mapping.items() if key != "kind"}
+    if kind not in kinds:
+        raise RecipeError(unknown_word("remainder", kind, kinds))
+    known = [field.name for field in dataclass_fields(kinds[kind])]
+    for key in (*fields, *known):
+        if key not in known or key not in fields:
+            raise RecipeError(unknown_word(f"field of the remainder {kind}", key, known))
+    return kinds[kind](**fields)

@@ -10,9 +10,11 @@ import torch
 from tests.methods.quantize.problems import random_weight
 from torch import Tensor
 
+from fettle.errors import UsageError
 from fettle.methods.quantize.learned_rounding import LearnedRounding, RoundingTuner, split_windows
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.methods.quantize.soft_codes import SoftCodes
+from fettle.methods.registry import from_fields
 from fettle.tensors import QuantizedTensor, Scheme, uniform
 from fettle.tensors.grid import learned
 from fettle.tensors.levels import named
@@ -141,6 +143,16 @@ def test_windows_held_back(count: int, kept: list[int]) -> None:
     seen, found = split_windows(count)
     assert found == kept
     assert seen == ([0] if count == 1 else [index for index in range(count) if index not in kept])
+
+
+def test_codes_with_something_beside_them_are_refused() -> None:
+    weight = random_weight(8, 40)
+    for name in ("low_rank_correction", "sparse_outliers"):
+        found = from_fields(name, {"solver": "round_to_nearest"}).compress(
+            weight, {"gram": torch.eye(40)}, dtype="float32"
+        )
+        with pytest.raises(UsageError, match="cannot be learned"):
+            SoftCodes(found, weight)
 
 
 def test_its_start_has_the_same_scheme_and_asks_for_its_statistics() -> None:

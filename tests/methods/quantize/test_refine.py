@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tests.methods.quantize.problems import correlated_gram, random_weight
+from tests.tensors.test_scheme import with_remainder
 from torch import Tensor
 
 from fettle.methods.quantize import refine as module
-from fettle.methods.quantize.refine import refine
+from fettle.methods.quantize.refine import less_remainder, refine
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
-from fettle.tensors import QuantizedTensor, Scheme, uniform
+from fettle.tensors import FactoredScheme, QuantizedTensor, Scheme, SparseScheme, uniform
 from fettle.tensors.grid import from_levels
 
 GROUPS = Scheme(grid=uniform(3), granularity="group", group_size=16, zero_point=True, scale_dtype="bfloat16")
@@ -71,3 +73,19 @@ def test_no_pass_is_no_change() -> None:
     weight = random_weight(3, 40)
     start = round_to_nearest(weight, GROUPS)
     assert refine(start, weight, torch.eye(40), damping=0.0, passes=0) is start
+
+
+@pytest.mark.parametrize("remainder", [SparseScheme(share=0.03), FactoredScheme(rank=3)])
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_what_stands_beside_the_codes_is_left_alone_and_counted(remainder: Any, scale_dtype: str) -> None:
+    scheme = replace(GROUPS, zero_point=False, scale_dtype=scale_dtype)
+    weight, gram = random_weight(6, 70), correlated_gram(70)
+    start = with_remainder(round_to_nearest(weight, scheme), remainder)
+    assert start.remainder is not None
+    whole = weight + less_remainder(torch.zeros(6, 70), start.remainder).neg()  # the weight that these codes stand for
+    found = refine(start, whole, gram, damping=0.0, passes=3)
+    assert found.remainder is start.remainder
+    assert found.scheme == start.scheme and found.tensor_scale is start.tensor_scale
+    assert exact_error(whole, found, gram, 0.0) < 0.8 * exact_error(whole, start, gram, 0.0)
+    alone = refine(replace(start, remainder=None, scheme=scheme), weight, gram, damping=0.0, passes=3)
+    assert exact_error(whole, found, gram, 0.0) == pytest.approx(exact_error(weight, alone, gram, 0.0), rel=0.01)

@@ -14,12 +14,15 @@ Cost: out·in² multiply-adds a pass, twice that where a group is wider than a b
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import stored_scale
-from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.quantized import QuantizedTensor, row_tiles
+from fettle.tensors.remainder import Remainder
 from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
 
@@ -31,14 +34,16 @@ def refine(quantized: QuantizedTensor, weight: Tensor, gram: Tensor, *, damping:
     """Codes and scales with no larger error on inputs with this gram; pure.
 
     Args:
-        quantized: where to start.
-        weight: [out, in], what the values should be.
+        quantized: where to start; a remainder and a tensor scale stay as they are.
+        weight: [out, in], what the values should be, the remainder included.
         gram: [in, in].
         damping: added to the gram's diagonal; what the sweep before used.
         passes: at most; a tile of rows stops when nothing changes.
     """
     if passes < 1:
         return quantized
+    if quantized.remainder is not None or quantized.tensor_scale is not None:
+        return _around_the_rest(quantized, weight, gram, damping, passes)
     codes = torch.empty_like(quantized.codes)
     tiles: list[Shared] = []
     for start in range(0, weight.shape[0], ROW_TILE):
@@ -51,6 +56,29 @@ def refine(quantized: QuantizedTensor, weight: Tensor, gram: Tensor, *, damping:
         tiles.append(tile.rounding.shared())
     shared = quantized.shared if quantized.scheme.granularity == "tensor" else stack(tiles)
     return QuantizedTensor.of(codes, shared, quantized.scheme)
+
+
+def _around_the_rest(
+    quantized: QuantizedTensor, weight: Tensor, gram: Tensor, damping: float, passes: int
+) -> QuantizedTensor:
+    """`refine` for the codes alone: what they should be is the weight less the remainder, in units of its scale."""
+    target = weight if quantized.remainder is None else less_remainder(weight, quantized.remainder)
+    if quantized.tensor_scale is not None:
+        target = target.float() / quantized.tensor_scale
+    bare = QuantizedTensor.of(quantized.codes, quantized.shared, quantized.scheme.codes_alone)
+    better = refine(bare, target, gram, damping=damping, passes=passes)
+    return replace(
+        quantized, codes=better.codes, scale=better.scale, zero_point=better.zero_point, levels=better.levels
+    )
+
+
+def less_remainder(weight: Tensor, remainder: Remainder) -> Tensor:
+    """What is left for the codes, float32 [out, in]."""
+    left = torch.empty(weight.shape, dtype=torch.float32)
+    for rows in row_tiles(weight.shape[0], weight.shape[1]):
+        tile = weight[rows].float()
+        left[rows] = tile - remainder.add_to_(torch.zeros_like(tile), rows)
+    return left
 
 
 class _Tile:

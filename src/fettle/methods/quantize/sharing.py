@@ -35,15 +35,15 @@ def choose_shared(weight: Tensor, scheme: Scheme, *, clip: str, importance: Tens
 def _choose(tile: Tensor, scheme: Scheme, clip: str, importance: Tensor | None) -> Shared:
     groups = in_groups(tile, scheme)
     if scheme.grid.is_learned:
-        return fit_levels(groups, scheme, _column_importance(importance, tile, scheme))
+        return fit_levels(groups, scheme, column_importance(importance, tile, scheme))
     if clip == "search" or scheme.grid.level_count <= COARSE_LEVELS:
-        scale, zero_point = search_ranges(groups, scheme, _column_importance(importance, tile, scheme))
+        scale, zero_point = search_ranges(groups, scheme, column_importance(importance, tile, scheme))
     else:
         scale, zero_point = spanning(*range_ends(groups), scheme)
     return Shared(scale=scale, zero_point=zero_point)
 
 
-def _column_importance(importance: Tensor | None, tile: Tensor, scheme: Scheme) -> Tensor:
+def column_importance(importance: Tensor | None, tile: Tensor, scheme: Scheme) -> Tensor:
     """Importance of each column in the shape of the groups, zero where a short group was filled."""
     if importance is None:
         importance = ones(tile.shape[1])

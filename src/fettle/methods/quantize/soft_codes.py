@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fettle.errors import UsageError
 from fettle.methods.quantize.ranges import stored_scale
 from fettle.tensors.quantized import QuantizedTensor, dequantize_rows, expand_groups, quantize_rows
 from fettle.tensors.scales import Shared
@@ -53,6 +54,11 @@ class SoftCodes:
     """
 
     def __init__(self, start: QuantizedTensor, weight: Tensor) -> None:
+        if start.remainder is not None:
+            raise UsageError(
+                f"codes with a remainder ({start.scheme.describe()}) cannot be learned: their gradient would move what "
+                "the remainder was fitted to. Use learned_rounding without outliers and factors"
+            )
         self.scheme = start.scheme
         self._unit = None if start.tensor_scale is None else start.tensor_scale
         self._start = start
