@@ -11,7 +11,10 @@ import fettle
 from fettle.pipeline.recipe import CalibrationOptions, assign, load_recipe, parse_recipe, shipped_recipes
 
 RECIPES = shipped_recipes()
-NAMES = {"default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit"}
+NAMES = {
+    "default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit", "awq-4bit",
+    "learned-rounding-3bit",
+}  # fmt: skip
 
 
 def test_the_promised_recipes_are_there() -> None:
