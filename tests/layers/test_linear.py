@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from tests.tensors.test_scheme import random_quantized
@@ -9,7 +12,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from fettle.layers import QuantizedLinear
-from fettle.tensors import Scheme, uniform
+from fettle.tensors import FactoredScheme, Scheme, SparseScheme, uniform
 
 SCHEME = Scheme(grid=uniform(4), granularity="group", group_size=32, zero_point=True, scale_dtype="bfloat16")
 
@@ -47,6 +50,18 @@ def test_a_change_of_type_reaches_the_bias_only() -> None:
     assert layer.bias is not None and layer.bias.dtype == torch.float16
     assert torch.equal(layer.quantized.dequantize(), weight.dequantize())
     assert model(torch.randn(2, 64, dtype=torch.float16)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("remainder", [SparseScheme(share=0.05), FactoredScheme(rank=3)])
+def test_what_stands_beside_the_codes_is_kept_and_multiplied(remainder: Any) -> None:
+    scheme = replace(SCHEME, remainder=remainder)
+    weight, inputs = random_quantized(scheme, (7, 172)), torch.randn(2, 3, 172)
+    layer = QuantizedLinear.from_quantized(weight).to(torch.float16)
+    assert sorted(layer.state_dict()) == sorted(scheme.state_spec((7, 172)))
+    assert sum(buffer.nbytes for buffer in layer.buffers()) == weight.nbytes()
+    assert torch.equal(layer.dequantize(), weight.dequantize())
+    torch.testing.assert_close(layer(inputs), linear(inputs, weight.dequantize()), rtol=1e-5, atol=1e-4)
+    assert remainder.describe() in repr(layer)
 
 
 def test_it_prints_its_scheme_and_kernel() -> None:
