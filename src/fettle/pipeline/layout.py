@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fettle.errors import RecipeError
 from fettle.methods.protocols import BlockMethod, MatrixMethod, Tuner
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.storage import input_obstacle
 from fettle.models.writer import shard_bytes
 from fettle.tensors.scheme import Scheme, TensorSpec
 
@@ -95,6 +97,9 @@ def build_layout(
     compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
     for item in compressed.values():
         item.scheme.check_storage(storage)
+        obstacle = input_obstacle(item.linear) if item.scheme.activations is not None else None
+        if obstacle:
+            raise RecipeError(f"inputs cannot be quantized: {obstacle}; leave it out with where:, or activations: none")
     groups: list[tuple[int | None, list[str]]] = [(block.index, list(block.tensors)) for block in anatomy.blocks]
     small = []
     for name in anatomy.tensors:

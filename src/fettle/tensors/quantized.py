@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fettle.errors import CheckpointError
+from fettle.tensors.activations import InputQuantizer, InputScale
 from fettle.tensors.packing import pack_bits, unpack_bits
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
@@ -39,6 +40,7 @@ class QuantizedTensor:
         scheme: what the others mean.
         levels: `scheme.value_dtype` [out, groups, 2**bits] with the learned grid; None with any other.
         tensor_scale: float32 [1] where the scheme has one; None otherwise.
+        input_scale: of the linear's inputs, where the scheme stores one; a method leaves it to the walk.
     """
 
     codes: Tensor
@@ -47,6 +49,7 @@ class QuantizedTensor:
     scheme: Scheme
     levels: Tensor | None = None
     tensor_scale: Tensor | None = None
+    input_scale: InputScale | None = None
 
     @classmethod
     def of(cls, codes: Tensor, shared: Shared, scheme: Scheme) -> QuantizedTensor:
@@ -57,6 +60,12 @@ class QuantizedTensor:
     def shared(self) -> Shared:
         """Scale, zero point and levels, without the tensor scale."""
         return Shared(scale=self.scale, zero_point=self.zero_point, levels=self.levels)
+
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """What quantizes the linear's inputs; None where they stay as they are."""
+        activations = self.scheme.activations
+        return None if activations is None else InputQuantizer(activations=activations, fixed=self.input_scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,6 +117,10 @@ class QuantizedTensor:
             else:
                 signed = _signed(self.zero_point, bits)
                 state["weight_zero_point"] = signed.reshape(-1) if whole else signed
+        if self.input_scale is not None:
+            state["input_scale"] = self.input_scale.scale
+            if self.input_scale.zero_point is not None:
+                state["input_zero_point"] = self.input_scale.zero_point
         return state
 
     @classmethod
@@ -146,6 +159,7 @@ class QuantizedTensor:
             levels=shared.levels,
             scheme=scheme,
             tensor_scale=state["weight_tensor_scale"] if scheme.has_tensor_scale else None,
+            input_scale=stored_input_scale(state, scheme),
         )
 
 
@@ -155,6 +169,13 @@ def stored_shared(state: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int,
         levels = state["weight_levels"]
         return Shared(scale=levels.new_ones(shape), levels=levels)
     return Shared(scale=state["weight_scale"].to(scheme.value_dtype).reshape(shape))
+
+
+def stored_input_scale(state: Mapping[str, Tensor], scheme: Scheme) -> InputScale | None:
+    """The scale of the inputs that a state holds, checked; None where the scheme stores none."""
+    if scheme.activations is None or scheme.activations.dynamic:
+        return None
+    return InputScale.from_state(state, scheme.activations)
 
 
 def quantize(

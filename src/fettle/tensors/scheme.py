@@ -15,6 +15,7 @@ out in the same way and marked as fettle's own by `models/storage.py`):
 Scales may have eight bits themselves: float8_e8m0fnu, powers of two (the MX formats), and float8_e4m3fn, which has too
 little range for a model's scales and so comes with one float32 for the whole tensor (the NV formats):
 weight_tensor_scale [1]. Learned levels replace the scale: weight_levels [out, groups, 2^bits] (tensor: [1, 1, 2^bits]).
+Inputs that are quantized with a stored scale have input_scale [1] and, asymmetric, input_zero_point int8 [1].
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from fettle.errors import RecipeError, unknown_word
+from fettle.tensors.activations import Activations
 from fettle.tensors.grid import Grid
 
 Granularity = Literal["tensor", "channel", "group"]
@@ -51,6 +53,7 @@ class Scheme:
         group_size: columns a group, with "group" only; need not divide the row.
         zero_point: whether each scale comes with the code that stands for zero (asymmetric; uniform grids only).
         scale_dtype: a key of `SCALE_DTYPES`; of learned levels the type of the levels.
+        activations: how the linear's inputs are quantized; None for not at all.
     """
 
     grid: Grid
@@ -58,6 +61,7 @@ class Scheme:
     group_size: int | None = None
     zero_point: bool = False
     scale_dtype: str = "float32"
+    activations: Activations | None = None
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -74,6 +78,11 @@ class Scheme:
     def has_tensor_scale(self) -> bool:
         """Whether one float32 scale for the whole tensor stands beside the small ones."""
         return self.scale_dtype == "float8_e4m3fn"
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether a scale for the linear's inputs is stored beside the weight."""
+        return self.activations is not None and not self.activations.dynamic
 
     def validate(self) -> None:
         """Checks that the parts fit together.
@@ -102,6 +111,8 @@ class Scheme:
                 f"learned levels in {self.scale_dtype} would be no finer than a float8 grid; allowed: float16, "
                 "bfloat16, float32"
             )
+        if self.activations is not None:
+            self.activations.validate()
 
     def group_count(self, in_features: int) -> int:
         """Scales a row."""
@@ -143,6 +154,10 @@ class Scheme:
             spec["weight_zero_point"] = (
                 (torch.int32, (math.ceil(rows * bits / 32), groups)) if packed else (torch.int8, scale_shape)
             )
+        if self.has_input_scale:
+            spec["input_scale"] = (self.value_dtype, (1,))
+            if self.activations is not None and self.activations.zero_point:
+                spec["input_zero_point"] = (torch.int8, (1,))
         return spec
 
     def check_storage(self, storage: str) -> None:
@@ -160,7 +175,7 @@ class Scheme:
             )
 
     def stored_bytes(self, shape: tuple[int, int], storage: str = "pack-quantized") -> int:
-        """Bytes on disk of a weight [out, in]: codes, scales, zero points and the shape tensor, exactly."""
+        """Bytes on disk of a weight [out, in]: codes, all scales, zero points and the shape tensor, exactly."""
         spec = self.state_spec(shape, storage).values()
         return sum(dtype.itemsize * math.prod(dimensions) for dtype, dimensions in spec)
 
@@ -170,13 +185,14 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back."""
-        return {
+        found = {
             "grid": self.grid.to_dict(),
             "granularity": self.granularity,
             "group_size": self.group_size,
             "zero_point": self.zero_point,
             "scale_dtype": self.scale_dtype,
         }
+        return found if self.activations is None else {**found, "activations": self.activations.to_dict()}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Scheme:
@@ -185,16 +201,18 @@ class Scheme:
         Raises:
             RecipeError: an unknown key, or parts that do not fit together.
         """
-        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype")
+        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype", "activations")
         for key in mapping:
             if key not in allowed:
                 raise RecipeError(unknown_word("key of a scheme", str(key), allowed))
+        activations = mapping.get("activations")
         scheme = cls(
             grid=Grid.from_dict(mapping.get("grid", {})),
             granularity=cast(Granularity, mapping.get("granularity")),
             group_size=mapping.get("group_size"),
             zero_point=bool(mapping.get("zero_point", False)),
             scale_dtype=str(mapping.get("scale_dtype", "float32")),
+            activations=None if activations is None else Activations.from_dict(activations),
         )
         scheme.validate()
         return scheme
@@ -205,4 +223,5 @@ class Scheme:
         what = "table" if self.grid.is_learned else "scale"
         shared = f"group {self.group_size}" if self.granularity == "group" else f"a {what} a {self.granularity}"
         tensor = " and a tensor scale" if self.has_tensor_scale else ""
-        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} {what}{tensor}"
+        inputs = f"; {self.activations.describe()}" if self.activations is not None else ""
+        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} {what}{tensor}{inputs}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from fettle.errors import RecipeError
+from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations
 from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
@@ -30,10 +31,24 @@ class GridFields:
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu"] = field(
         default="auto",
         metadata={
-            "help": "type of the scales; auto is the model's own; float8_e8m0fnu are powers of two (MX), float8_e4m3fn "
-            "comes with a scale for the whole tensor (NV)"
+            "help": "type of the scales; auto is the model's own, float32 where inputs are quantized; float8_e8m0fnu "
+            "are powers of two (MX), float8_e4m3fn comes with a scale for the whole tensor (NV)"
         },
     )
+
+    activations: Literal["none", "dynamic", "static"] = field(
+        default="none",
+        metadata={
+            "help": "quantize the linear's inputs as well: with a scale found on the spot, or with one that is stored"
+        },
+    )
+    activation_bits: int = field(
+        default=8, metadata={"help": "bits of an input's code", "minimum": SMALLEST_BITS, "maximum": LARGEST_BITS}
+    )
+    activation_granularity: Literal["token", "tensor"] | None = field(
+        default=None, metadata={"help": "what shares an input scale; none for token where dynamic, tensor where static"}
+    )
+    activation_asymmetric: bool = field(default=False, metadata={"help": "a zero point for the inputs, too"})
 
     def validate(self) -> None:
         """Checks that the fields fit together.
@@ -45,6 +60,13 @@ class GridFields:
             raise RecipeError(
                 "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
             )
+        for name in ("activation_bits", "activation_granularity", "activation_asymmetric"):
+            default = next(found.default for found in fields(self) if found.name == name)
+            if self.activations == "none" and getattr(self, name) != default:
+                raise RecipeError(
+                    f"{name} belongs to quantized inputs, and activations is none; set activations: dynamic or static, "
+                    "or leave it out"
+                )
         self.scheme("float32")
 
     def scheme(self, dtype: str) -> Scheme:
@@ -52,12 +74,26 @@ class GridFields:
         granularity = self.granularity or ("channel" if self.group_size is None else "group")
         if self.scale_dtype != "auto":
             dtype = self.scale_dtype
+        elif self.activations != "none":
+            dtype = "float32"  # what is measured is then what a product of integers gives: no value is rounded
         scheme = Scheme(
             grid=named(self.grid, self.bits),
             granularity=granularity,
             group_size=self.group_size if granularity == "group" else None,
             zero_point=self.asymmetric,
             scale_dtype=dtype if dtype in SCALE_DTYPES else "float32",
+            activations=self._activations(),
         )
         scheme.validate()
         return scheme
+
+    def _activations(self) -> Activations | None:
+        if self.activations == "none":
+            return None
+        dynamic = self.activations == "dynamic"
+        return Activations(
+            dynamic=dynamic,
+            bits=self.activation_bits,
+            granularity=self.activation_granularity or ("token" if dynamic else "tensor"),
+            zero_point=self.activation_asymmetric,
+        )
