@@ -34,7 +34,8 @@ class Compression:
     @property
     def statistics(self) -> tuple[str, ...]:
         """What the method wants to know of this linear's inputs."""
-        return self.method.needs()
+        wanted = self.method.needs()
+        return (*wanted, "input_range") if self.scheme.has_input_scale else wanted
 
     @property
     def tuner(self) -> Tuner | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from torch import Tensor
+
 from fettle.errors import RecipeError
-from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations
+from fettle.methods.quantize.observers import Observer, observe
+from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations, InputScale
 from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
@@ -48,6 +52,9 @@ class GridFields:
     activation_granularity: Literal["token", "tensor"] | None = field(
         default=None, metadata={"help": "what shares an input scale; none for token where dynamic, tensor where static"}
     )
+    observer: Observer = field(
+        default="percentile", metadata={"help": "how a static input scale is found on the calibration text"}
+    )
     activation_asymmetric: bool = field(default=False, metadata={"help": "a zero point for the inputs, too"})
 
     def validate(self) -> None:
@@ -60,13 +67,18 @@ class GridFields:
             raise RecipeError(
                 "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
             )
-        for name in ("activation_bits", "activation_granularity", "activation_asymmetric"):
+        for name in ("activation_bits", "activation_granularity", "activation_asymmetric", "observer"):
             default = next(found.default for found in fields(self) if found.name == name)
             if self.activations == "none" and getattr(self, name) != default:
                 raise RecipeError(
                     f"{name} belongs to quantized inputs, and activations is none; set activations: dynamic or static, "
                     "or leave it out"
                 )
+        if self.activations == "dynamic" and self.observer != "percentile":
+            raise RecipeError(
+                f"observer={self.observer!r} finds a stored scale, and a dynamic one is found on the spot; set "
+                "activations: static, or leave it out"
+            )
         self.scheme("float32")
 
     def scheme(self, dtype: str) -> Scheme:
@@ -86,6 +98,12 @@ class GridFields:
         )
         scheme.validate()
         return scheme
+
+    def input_scale(self, statistics: Mapping[str, Tensor], *, dtype: str) -> InputScale:
+        """The stored scale of the inputs, as the observer finds it in the statistic "input_range"."""
+        scheme = self.scheme(dtype)
+        assert scheme.activations is not None
+        return observe(statistics["input_range"], self.observer, scheme.activations, scheme.value_dtype)
 
     def _activations(self) -> Activations | None:
         if self.activations == "none":
