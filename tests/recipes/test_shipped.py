@@ -12,6 +12,7 @@ from fettle.pipeline.recipe import CalibrationOptions, assign, load_recipe, pars
 
 RECIPES = shipped_recipes()
 NAMES = {"default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit"}
+NAMES |= {"w8a8-dynamic"}
 
 
 def test_the_promised_recipes_are_there() -> None:

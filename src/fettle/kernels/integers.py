@@ -3,9 +3,10 @@
     y[t, o] = s_t · Σ_g s_og · Σ_i (a_ti - p_t) · (w_oi - z_og) + bias_o
     Σ_i (a - p)(w - z) = Σ a·w - p·Σ w - z·Σ a + n·p·z          over the n columns i of group g
 
-Only Σ a·w needs a product of matrices, of int8 codes with an int32 sum; it is exact up to 2^16 columns, and wider groups
-are summed in pieces. All other sums are one for each row or token. What is computed equals `reference.int_linear`, whose
-sums are of floating numbers, up to their rounding. No model runs through this yet: it says what a fast kernel has to give.
+Only Σ a·w needs a product of matrices, of int8 codes with an int32 sum; it is exact up to 2^16 columns, and wider
+groups are summed in pieces. All other sums are one for each row or token. What is computed equals
+`reference.int_linear`, whose sums are of floating numbers, up to their rounding. No model runs through this yet: it
+says what a fast kernel has to give.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ def integer_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, 
     weight = state["weight"]
     shape = scheme.scale_shape((weight.shape[0], weight.shape[1]))
     scales = state["weight_scale"].float().reshape(shape)
-    zeros = state["weight_zero_point"].long().reshape(shape) if scheme.zero_point else torch.zeros(shape).long()
+    zeros = (
+        state["weight_zero_point"].long().reshape(shape)
+        if scheme.zero_point
+        else torch.zeros_like(scales, dtype=torch.int64)
+    )
     width = scheme.group_width(weight.shape[1])
-    outputs = torch.zeros(len(flat), weight.shape[0])
+    outputs = torch.zeros(len(flat), weight.shape[0], device=flat.device)
     for group in range(shape[1]):
         columns = slice(group * width, (group + 1) * width)
         sums = _centred(codes[:, columns], points, weight[:, columns], zeros[:, group])
@@ -62,7 +67,7 @@ def integer_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, 
 
 def _centred(codes: Tensor, points: Tensor, weight: Tensor, zeros: Tensor) -> Tensor:
     """Σ (a - p)(w - z), int64 [tokens, out], for int8 codes [tokens, n] and [out, n], p [tokens, 1] or [1], z [out]."""
-    total = torch.zeros(len(codes), len(weight), dtype=torch.int64)
+    total = torch.zeros(len(codes), len(weight), dtype=torch.int64, device=codes.device)
     for start in range(0, codes.shape[1], EXACT_COLUMNS):
         piece = slice(start, start + EXACT_COLUMNS)
         total += codes[:, piece].int() @ weight[:, piece].int().T  # int32, exact
