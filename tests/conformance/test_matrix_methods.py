@@ -192,8 +192,8 @@ def test_a_group_without_the_outlier_is_not_hurt(name: str) -> None:
 @every_case
 def test_dead_columns(name: str, fields: dict[str, Any]) -> None:
     statistics = statistics_of(70)
-    for value in statistics.values():
-        value[10:20], value[..., 10:20] = 0, 0
+    for kind in ("gram", "drift", "absolute_mean", "absolute_maximum"):
+        statistics[kind][10:20], statistics[kind][..., 10:20] = 0, 0
     found = compress(name, fields, random_weight(5, 70), statistics)
     assert_well_formed(found, (5, 70), from_fields(name, fields).scheme("bfloat16"))
     nothing = compress(name, fields, random_weight(5, 70), {k: torch.zeros(70, 70) for k in STATISTICS})

@@ -83,6 +83,11 @@ def as_candidates(methods: Iterable[MatrixMethod | str | Mapping[str, Any]], dty
     if not found:
         raise RecipeError("there are no candidates; give at least one, such as: gptq bits=3 group_size=32")
     for index, method in enumerate(found):
+        if method.scheme(dtype).activations is not None:
+            raise RecipeError(
+                f"the candidate {method.name} quantizes inputs, and sensitivities are found with inputs as they are; "
+                "compress with activations in a recipe, and measure that"
+            )
         if method in found[:index]:
             raise RecipeError(f"the candidate {method} is there twice; give each once")
     labels = [_title(method) for method in found]

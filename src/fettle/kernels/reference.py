@@ -2,6 +2,8 @@
 
     outputs [tokens, out] = inputs [tokens, in] · dequantize(state)ᵀ + bias
 
+Inputs that the scheme quantizes take the values that their codes stand for first; `integers.py` multiplies the codes.
+
 Arithmetic is float32 whatever the inputs' type (on CPUs without bf16 units a bf16 product is forty times slower), and
 the result is cast back. Memory beside inputs and outputs: one tile of at most 4 M weights, so a layer is never dense
 as a whole unless it is small; a small one takes a single product, bit for bit that of a dense linear.
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fettle.tensors.activations import InputQuantizer
 from fettle.tensors.factored import FactoredTensor
 from fettle.tensors.packing import unpack_bits
-from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_shared
+from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_input_scale, stored_shared
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
 
@@ -69,6 +72,9 @@ def _tiled(
     shared = Shared(scale=found.scale, zero_point=_zero_point(state, scheme, shape[0]), levels=found.levels)
     remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
     wide = inputs.float()
+    if scheme.activations is not None:
+        quantizer = InputQuantizer(activations=scheme.activations, fixed=stored_input_scale(state, scheme))
+        wide = quantizer(wide)
     outputs = []
     for rows in row_tiles(*shape, TILE_WEIGHTS):
         weight = dequantize_rows(codes_of(rows), shared.rows(rows, scheme), scheme).float()

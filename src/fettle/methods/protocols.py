@@ -4,6 +4,7 @@ A method declares by name the statistics that it wants on its linear's inputs; t
 a pure function on tensors.
 
     MatrixMethod   weight [out, in], statistics → codes
+    InputObserver  statistics → the stored scale of the inputs
     Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
     Rescaler       what a MatrixMethod may bring along: weights that read the same inputs → factors for those inputs
 """
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from fettle.tensors.activations import InputScale
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 
@@ -56,6 +58,15 @@ class MatrixMethod(Protocol):
         Raises:
             NonFiniteError: NaN or infinity in the weight, a statistic or a scale.
         """
+        ...
+
+
+@runtime_checkable
+class InputObserver(Protocol):
+    """A MatrixMethod whose scheme may have a stored scale for the inputs, which it finds once the weight is done."""
+
+    def input_scale(self, statistics: Mapping[str, Tensor], *, dtype: str) -> InputScale:
+        """The scale from the statistic "input_range"; asked only where the scheme stores one."""
         ...
 
 

@@ -2,6 +2,7 @@
 
     gram    inputsᵀ·inputs [in, in]: how strongly each input, and each pair of inputs, is driven. With it the error that
             a changed weight makes in the outputs is exact: ‖(W - V)·inputsᵀ‖² = tr(Δ·gram·Δᵀ).
+    input_range   the ends of the inputs, and a histogram of them: what a stored input scale is found from.
     drift   (original inputs - inputs)ᵀ·inputs [in, in]: how far compressed blocks before this one moved its inputs.
     absolute_mean, absolute_maximum
             mean and maximum of |inputs| [in]: how strongly each channel is driven, and its outliers.
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fettle.methods.quantize.histogram import SIDE, Histogram
 from fettle.workers import Workers
 
 TILE = 512  # columns; fixed, so that the order of every sum is
@@ -34,6 +36,7 @@ class Statistic(Protocol):
 
     name: ClassVar[str]
     paired: ClassVar[bool]  # whether it is fed (original inputs, inputs) pairs [2, tokens, in]
+    needs_many: ClassVar[bool]  # whether fewer than a quarter as many tokens as inputs say nothing
 
     def start(self, in_features: int) -> Any:
         """An empty state."""
@@ -74,6 +77,7 @@ class Gram:
 
     name: ClassVar[str] = "gram"
     paired: ClassVar[bool] = False
+    needs_many: ClassVar[bool] = True
 
     def start(self, in_features: int) -> GramState:
         """No inputs yet: zero."""
@@ -122,6 +126,7 @@ class Drift:
 
     name: ClassVar[str] = "drift"
     paired: ClassVar[bool] = True
+    needs_many: ClassVar[bool] = True
 
     def start(self, in_features: int) -> GramState:
         """No inputs yet: zero."""
@@ -174,6 +179,7 @@ class AbsoluteMean:
 
     name: ClassVar[str] = "absolute_mean"
     paired: ClassVar[bool] = False
+    needs_many: ClassVar[bool] = True
 
     def start(self, in_features: int) -> ChannelState:
         """No inputs yet: zero."""
@@ -215,4 +221,36 @@ class AbsoluteMaximum(AbsoluteMean):
         return state.total.float()
 
 
-STATISTICS: dict[str, Statistic] = {kind.name: kind for kind in (Gram(), Drift(), AbsoluteMean(), AbsoluteMaximum())}
+class InputRange:
+    """A histogram of the inputs with their ends, as `Histogram.to_tensor` packs it; a few thousand numbers."""
+
+    name: ClassVar[str] = "input_range"
+    paired: ClassVar[bool] = False
+    needs_many: ClassVar[bool] = False
+
+    def start(self, in_features: int) -> Histogram:
+        """No inputs yet."""
+        return Histogram()
+
+    def add_(self, state: Histogram, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Adds windows of inputs [tokens, in], in their order, one by one: a moving average depends on it."""
+        for window in inputs:
+            if len(window):
+                state.add_(window.detach().float())
+
+    def finish(self, state: Histogram) -> Tensor:
+        """The packed histogram."""
+        return state.to_tensor()
+
+    def neutral(self, in_features: int) -> Tensor:
+        """Nothing seen."""
+        return Histogram().to_tensor()
+
+    def memory_bytes(self, in_features: int) -> int:
+        """The counts, twice."""
+        return 2 * 8 * 2 * SIDE
+
+
+STATISTICS: dict[str, Statistic] = {
+    kind.name: kind for kind in (Gram(), Drift(), AbsoluteMean(), AbsoluteMaximum(), InputRange())
+}

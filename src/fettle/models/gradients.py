@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fettle.models.anatomy import Linear
-from fettle.models.skeleton import Skeleton, part_of
+from fettle.models.module_tree import part_of
+from fettle.models.skeleton import Skeleton
 
 
 def require_gradients_(skeleton: Skeleton, linears: Sequence[Linear], wanted: bool) -> None:

@@ -25,7 +25,7 @@ from fettle.models.config_file import check_token_ids, read_json
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter
 from fettle.models.parts import Linear
 from fettle.models.source import resolve
-from fettle.models.storage import StoredScheme, read_quantized, read_weight, stored_schemes
+from fettle.models.storage import StoredScheme, read_input_quantizer, read_quantized, read_weight, stored_schemes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -109,7 +109,7 @@ class _Filler:
             done.add(linear.name)
         for name in self.checkpoint.entries:
             owner, _, leaf = name.rpartition(".")
-            if not (owner in done and leaf.startswith("weight")):
+            if not (owner in done and leaf.startswith(("weight", "input_"))):
                 self._place_other(name)
         self._tie()
         empty = [name for name, parameter in self.tree.named_parameters() if parameter.is_meta]
@@ -125,6 +125,10 @@ class _Filler:
             self._swap(path, linear, stored)
             return
         weight = read_weight(self.checkpoint, linear, stored).to(self.device, self.dtype)  # [out, in]
+        quantizer = read_input_quantizer(self.checkpoint, linear, stored)
+        if quantizer is not None:  # GPT-2's Conv1D
+            module = self.tree.get_submodule(path)
+            module.register_forward_pre_hook(lambda _, read: (quantizer(read[0]), *read[1:]))
         if linear.slot.transposed:
             weight = weight.T
         if linear.slot.index is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fettle.errors import ModelError
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.parts import Linear
 
 #: what transformers raises for a config.json that cannot be; torch's layers assert
 _BAD_CONFIG = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
@@ -90,3 +91,12 @@ def release_parameters(module: nn.Module) -> None:
         for key, parameter in part._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 part._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def part_of(view: Tensor, linear: Linear) -> Tensor:
+    """Of something in the shape of a linear's parameter, the linear's own part, [out, in]."""
+    if linear.slot.index is not None:
+        view = view[linear.slot.index]
+    if linear.slot.rows is not None:
+        view = view[linear.slot.rows[0] : linear.slot.rows[1]]
+    return view.T if linear.slot.transposed else view

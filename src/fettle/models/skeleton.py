@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Block, Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
-from fettle.models.module_tree import build_tree, parameter_of, place_parameter, release_parameters
-from fettle.models.storage import StoredScheme, read_weight, stored_schemes
+from fettle.models.module_tree import build_tree, parameter_of, part_of, place_parameter, release_parameters
+from fettle.models.quantized_inputs import QuantizedInputs
+from fettle.models.storage import StoredScheme, read_input_quantizer, read_weight, stored_schemes
 from fettle.models.tap import Enough, ProductTap, Tap
+from fettle.tensors.activations import InputQuantizer
 
 __all__ = ["ProductTap", "Skeleton", "Tap"]
 
@@ -66,6 +68,7 @@ class Skeleton:
         self._arguments: dict[int, list[BlockArguments]] = {}
         self._replaced: dict[str, Tensor] = {}  # embedding and head given by set_weight_, by tensor name
         self._groups: dict[int, dict[int, str]] = {}
+        self._quantizers: dict[int, dict[int, InputQuantizer]] = {}  # by block and by the weight's address
         self._returns_tuple = anatomy.blocks_return_tuple
         self._call = threading.local()
         self._lock = threading.RLock()
@@ -187,8 +190,11 @@ class Skeleton:
         filled, done = set(), set()
         for linear in block.linears:
             self.set_weight_(linear, self._read(linear))
+            self.set_inputs_(linear, read_input_quantizer(self.checkpoint, linear, self.stored.get(linear.name)))
             filled.add(linear.slot.parameter)
-            done |= {name for name in block.tensors if name.startswith(f"{linear.name}.weight")}
+            done |= {
+                name for name in block.tensors if name.startswith((f"{linear.name}.weight", f"{linear.name}.input_"))
+            }
         for name in block.tensors:
             parameter = self.anatomy.parameters[name]
             target = self._block_parameter(block.index, parameter)
@@ -217,14 +223,17 @@ class Skeleton:
         """
         found: dict[int, list[Linear]] = {}
         for linear in self.anatomy.blocks[index].linears:
-            parameter = self.slot_parameter(linear)
-            held = parameter if linear.slot.index is None else parameter[linear.slot.index]
-            found.setdefault(held.data_ptr(), []).append(linear)
+            found.setdefault(self._address(linear), []).append(linear)
         return found
+
+    def _address(self, linear: Linear) -> int:
+        parameter = self.slot_parameter(linear)
+        return (parameter if linear.slot.index is None else parameter[linear.slot.index]).data_ptr()
 
     def free_block(self, index: int) -> None:
         """Takes the memory of block `index` back."""
         self._groups.pop(index, None)
+        self._quantizers.pop(index, None)
         release_parameters(self._blocks[index])
 
     def run_block(self, index: int, hidden: Tensor, tap: Tap | None = None) -> Tensor:
@@ -241,11 +250,13 @@ class Skeleton:
         if tokens not in self._arguments:
             raise UsageError(f"no window of {tokens} tokens was embedded, so the masks of that length are not known.")
         args, kwargs = self._arguments[tokens][index]
-        if tap is None:
+        quantizers = self._quantizers.get(index)
+        with contextlib.ExitStack() as modes:
+            if quantizers:
+                modes.enter_context(QuantizedInputs(quantizers))
+            if tap is not None:  # entered last, it sees the inputs as they came
+                modes.enter_context(tap.watch(self._groups[index]))
             result = self._blocks[index](hidden, *args, **kwargs)
-        else:
-            with tap.watch(self._groups[index]):
-                result = self._blocks[index](hidden, *args, **kwargs)
         self._returns_tuple = isinstance(result, tuple)
         output: Tensor = result[0] if isinstance(result, tuple) else result
         return output
@@ -308,6 +319,11 @@ class Skeleton:
         parameter = self._block_parameter(index, self.anatomy.parameters[name])
         assert parameter is not None and not parameter.is_meta, name
         parameter.copy_(values)
+
+    def set_inputs_(self, linear: Linear, quantizer: InputQuantizer | None) -> None:
+        """From now on what `linear`, of the loaded block, reads passes through `quantizer`."""
+        if quantizer is not None and linear.block is not None:
+            self._quantizers.setdefault(linear.block, {})[self._address(linear)] = quantizer
 
     # ---- behind the blocks
 
@@ -380,12 +396,3 @@ class Skeleton:
         logits = getattr(result, "logits", None)
         output: Tensor = result.last_hidden_state if logits is None else logits
         return output
-
-
-def part_of(view: Tensor, linear: Linear) -> Tensor:
-    """Of something in the shape of a linear's parameter, the linear's own part, [out, in]."""
-    if linear.slot.index is not None:
-        view = view[linear.slot.index]
-    if linear.slot.rows is not None:
-        view = view[linear.slot.rows[0] : linear.slot.rows[1]]
-    return view.T if linear.slot.transposed else view

@@ -29,8 +29,9 @@ from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Linear, unreadable
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.config_file import QUANTIZATION_KEYS, damaged
+from fettle.tensors.activations import Activations, InputQuantizer
 from fettle.tensors.grid import uniform
-from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.quantized import QuantizedTensor, stored_input_scale
 from fettle.tensors.scheme import Scheme, Storage
 
 STORAGES = get_args(Storage)
@@ -42,6 +43,7 @@ _CODE_NAMES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_levels", "weight_tensor_scale",
     "weight_sparse_values", "weight_sparse_columns", "weight_sparse_offsets",
     "weight_factor_left", "weight_factor_right",
+    "input_scale", "input_zero_point",
 )  # fmt: skip
 _CLASSES = ("Linear", "Conv1D", "Embedding")  # a target by class; that it is stored as codes, the tensors say
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -83,20 +85,34 @@ def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage
 
 def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage: str) -> str | None:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
-    if not scheme.grid.is_uniform:
-        return f"the grid {scheme.grid.name} of {linear.name} is not uniform"
-    if scheme.remainder is not None:
-        return f"{linear.name} keeps {scheme.remainder.describe()} beside its codes"
-    if scheme.torch_scale_dtype.itemsize == 1:
-        return f"the integers of {linear.name} have {scheme.scale_dtype} scales"
-    if storage == "int-quantized" and scheme.grid.bits != 8:
-        return f"int-quantized is for 8 bits, and {linear.name} has {scheme.grid.bits}"
-    if scheme.granularity == "group" and linear.shape[1] % (scheme.group_size or 1):
-        return f"group size {scheme.group_size} does not divide the {linear.shape[1]} inputs of {linear.name}"
-    if linear.slot.transposed or linear.slot.index is not None or linear.role in ("router", "embedding"):
-        return f"{linear.name} is not an nn.Linear in transformers"
-    if linear.role == "head" and anatomy.tied:
-        return "the head is tied to the embedding"
+    name, columns, group = linear.name, linear.shape[1], scheme.group_size or 1
+    no_module = linear.slot.transposed or linear.slot.index is not None or linear.role in ("router", "embedding")
+    beside = "" if scheme.remainder is None else scheme.remainder.describe()
+    obstacles = (
+        (not scheme.grid.is_uniform, f"the grid {scheme.grid.name} of {name} is not uniform"),
+        (bool(beside), f"{name} keeps {beside} beside its codes"),
+        (scheme.torch_scale_dtype.itemsize == 1, f"the integers of {name} have {scheme.scale_dtype} scales"),
+        (
+            storage == "int-quantized" and scheme.grid.bits != 8,
+            f"int-quantized is for 8 bits, and {name} has {scheme.grid.bits}",
+        ),
+        (columns % group != 0, f"group size {group} does not divide the {columns} inputs of {name}"),
+        (no_module, f"{name} is not an nn.Linear in transformers"),
+        (linear.role == "head" and anatomy.tied, "the head is tied to the embedding"),
+        (
+            scheme.activations is not None and scheme.zero_point and storage == "pack-quantized",
+            f"transformers cannot load packed zero points ({name}) and quantize inputs as well",
+        ),
+    )
+    return next((why for holds, why in obstacles if holds), None)
+
+
+def input_obstacle(linear: Linear) -> str | None:
+    """Why the inputs of `linear` cannot be quantized, in words; None if they can."""
+    if linear.block is None or linear.role == "router":
+        return f"{linear.name} ({linear.role}) is no linear that fettle quantizes inputs for: those of blocks alone"
+    if linear.slot.index is not None:
+        return f"{linear.name} is a part of a parameter with all experts, and no module of its own"
     return None
 
 
@@ -126,7 +142,7 @@ def _standard_config(
             f"group_{number}": {
                 "targets": ["Linear"] if by_class else targets,
                 "weights": _weights_arguments(scheme),
-                "input_activations": None,
+                "input_activations": _inputs_arguments(scheme.activations),
                 "output_activations": None,
                 "format": storage,
             }
@@ -135,11 +151,12 @@ def _standard_config(
         "ignore": _dense_modules(schemes, anatomy),
         "kv_cache_scheme": None,
     }
-    if len(groups) == 1:
+    if len(groups) == 1 and next(iter(groups)).activations is None:
         # transformers then decompresses while it loads. Without it, it expects packed zero points in the shape of
         # unpacked
         # ones and stops, and a model saved in bfloat16 but loaded in float32 is decompressed with other roundings. It
-        # takes one group's scheme for every linear, though, hence not with several (see `quantization_config`).
+        # takes one group's scheme for every linear, though, hence not with several (see `quantization_config`), and it
+        # leaves the inputs as they are.
         config["dequantize"] = True
     return config
 
@@ -152,6 +169,19 @@ def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
         "strategy": scheme.granularity,
         "group_size": scheme.group_size if scheme.granularity == "group" else None,
         "dynamic": False,
+    }
+
+
+def _inputs_arguments(activations: Activations | None) -> dict[str, Any] | None:
+    if activations is None:
+        return None
+    return {
+        "num_bits": activations.bits,
+        "type": "int",
+        "symmetric": not activations.zero_point,
+        "strategy": activations.granularity,
+        "group_size": None,
+        "dynamic": activations.dynamic,
     }
 
 
@@ -188,11 +218,17 @@ def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Stored
     coded = [linear for linear in _every_linear(anatomy) if is_stored_as_codes(checkpoint, linear)]
     try:
         if method == "fettle":
-            return _read_own(config, coded)
-        return {linear.name: _read_standard(checkpoint, config, linear) for linear in coded}
+            found = _read_own(config, coded)
+        else:
+            found = {linear.name: _read_standard(checkpoint, config, linear) for linear in coded}
     except (UsageError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, UsageError) else str(error)
         raise damaged(checkpoint.folder / "config.json", f"its {key} cannot be understood ({what})") from error
+    for linear in coded:
+        obstacle = input_obstacle(linear) if found[linear.name].scheme.activations is not None else None
+        if obstacle:
+            raise CheckpointError(f"the inputs of {linear.name} are quantized, which fettle cannot run: {obstacle}.")
+    return found
 
 
 def _refuse_unexplained_codes(checkpoint: Checkpoint, *, explained: bool) -> None:
@@ -257,10 +293,29 @@ def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Li
         group_size=size if strategy == "group" else None,
         zero_point=not arguments.get("symmetric", True),
         scale_dtype=_SCALE_DTYPES[scale.dtype],
+        activations=_read_inputs(group.get("input_activations"), linear),
     )
     scheme.validate()
     scheme.check_storage(storage)
     return StoredScheme(scheme, storage)
+
+
+def _read_inputs(arguments: Mapping[str, Any] | None, linear: Linear) -> Activations | None:
+    if not arguments:
+        return None
+    dynamic, strategy = arguments.get("dynamic", False), arguments.get("strategy") or "tensor"
+    if arguments.get("type", "int") != "int" or strategy not in ("token", "tensor") or not isinstance(dynamic, bool):
+        raise CheckpointError(
+            f"the inputs of {linear.name} are quantized as {arguments.get('type')}, strategy {strategy}, dynamic "
+            f"{dynamic}, which fettle does not read. It reads integers with a scale a token or a tensor. Give it the "
+            "original model."
+        )
+    return Activations.from_dict(
+        {
+            "dynamic": dynamic, "bits": arguments.get("num_bits", 8), "granularity": strategy,
+            "zero_point": not arguments.get("symmetric", True),
+        }
+    )  # fmt: skip
 
 
 def _find_group(config: Mapping[str, Any], linear: Linear) -> Mapping[str, Any] | None:
@@ -296,13 +351,14 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
         needed.add("weight_tensor_scale")
     beside = stored.scheme.remainder_spec(linear.shape)
     needed.update(beside)
+    needed |= _input_names(stored.scheme)
     missing = sorted(needed - set(state))
     if missing:
         raise CheckpointError(
             f"{linear.name} is stored as codes, but tensors {[f'{stem}.{n}' for n in missing]} are missing."
         )
     remainders = (name for name, (dtype, _) in beside.items() if dtype.is_floating_point)
-    for name in ("weight_scale", "weight_levels", "weight_tensor_scale", *remainders):
+    for name in ("weight_scale", "weight_levels", "weight_tensor_scale", "input_scale", *remainders):
         if name in needed:
             check_finite(f"{stem}.{name}", state[name])
     try:
@@ -314,6 +370,20 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
             f"{linear.name} is stored with shape {list(quantized.shape)}, expected {list(linear.shape)}."
         )
     return quantized
+
+
+def _input_names(scheme: Scheme) -> set[str]:
+    """The stored tensors that say how inputs are quantized."""
+    return {name for name in scheme.state_spec((1, 1)) if name.startswith("input_")}
+
+
+def read_input_quantizer(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme | None) -> InputQuantizer | None:
+    """What quantizes the inputs of `linear`, once `read_weight` found it sound; None where they stay."""
+    if stored is None or stored.scheme.activations is None:
+        return None
+    stem = linear.weight_name.removesuffix(".weight")
+    state = {name: checkpoint.read(f"{stem}.{name}") for name in _input_names(stored.scheme)}
+    return InputQuantizer(activations=stored.scheme.activations, fixed=stored_input_scale(state, stored.scheme))
 
 
 def read_weight(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 #: the intercepted functions → (position and keyword of input and weight)
-_PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
+PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
     torch.nn.functional.linear: ((0, "input"), (1, "weight")),
     torch.addmm: ((1, "mat1"), (2, "mat2")),
 }
@@ -56,7 +56,7 @@ class Tap(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        places = _PRODUCTS.get(func)
+        places = PRODUCTS.get(func)
         if places is not None:
             (read_at, read_as), (weight_at, weight_as) = places
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_as)
@@ -90,7 +90,7 @@ class ProductTap(Tap):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        places = _PRODUCTS.get(func)
+        places = PRODUCTS.get(func)
         if places is not None:
             (read_at, read_as), (weight_at, weight_as) = places
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_as)

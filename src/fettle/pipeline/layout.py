@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fettle.errors import RecipeError
 from fettle.methods.protocols import BlockMethod, MatrixMethod, Rescaler, RescalingMethod, Tuner
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.storage import input_obstacle
 from fettle.models.writer import shard_bytes
 from fettle.tensors.remainder import TensorSpec
 from fettle.tensors.scheme import Scheme
@@ -33,7 +35,8 @@ class Compression:
     @property
     def statistics(self) -> tuple[str, ...]:
         """What the method wants to know of this linear's inputs."""
-        return self.method.needs()
+        wanted = self.method.needs()
+        return (*wanted, "input_range") if self.scheme.has_input_scale else wanted
 
     @property
     def tuner(self) -> Tuner | None:
@@ -103,6 +106,9 @@ def build_layout(
     compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
     for item in compressed.values():
         item.scheme.check_storage(storage)
+        obstacle = input_obstacle(item.linear) if item.scheme.activations is not None else None
+        if obstacle:
+            raise RecipeError(f"inputs cannot be quantized: {obstacle}; leave it out with where:, or activations: none")
     groups: list[tuple[int | None, list[str]]] = [(block.index, list(block.tensors)) for block in anatomy.blocks]
     small = []
     for name in anatomy.tensors:

@@ -185,7 +185,14 @@ def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: Calibr
     method = registry.from_fields(name, fields)
     title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
-    return Recipe(name=title, steps=(Step(method=method),), calibration=checked)
+    return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
+
+
+def _usual_storage(method: MatrixMethod) -> Storage:
+    """Integers to multiply with integers lie unpacked, as loaders of quantized inputs expect them."""
+    scheme = method.scheme("float32")
+    whole = scheme.activations is not None and scheme.grid.is_uniform and scheme.grid.bits == 8
+    return "int-quantized" if whole else "pack-quantized"
 
 
 def assign(recipe: Recipe, anatomy: Anatomy) -> dict[str, MatrixMethod]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fettle.errors import ModelError, NonFiniteError
+from fettle.methods.protocols import InputObserver
 from fettle.methods.quantize.errors import output_error, weight_error
 from fettle.methods.statistics import FEWEST_TOKENS, STATISTICS
 from fettle.models.anatomy import Anatomy, Linear
@@ -86,6 +87,9 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
         quantized = item.method.compress(weight, statistics, dtype=dtype)
     except NonFiniteError as found:
         raise NonFiniteError(f"{item.linear.weight_name}: {found}") from found
+    if item.scheme.has_input_scale:
+        assert isinstance(item.method, InputObserver)
+        quantized = replace(quantized, input_scale=item.method.input_scale(statistics, dtype=dtype))
     gram = statistics.get("gram") if seen is not None and not seen.neutral else None
     error = weight_error(weight, quantized) if gram is None else output_error(weight, quantized, gram)
     line = LedgerLine(
@@ -125,7 +129,7 @@ def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, second
         outcome.line, error=weight_error(weight, quantized), objective="weight_error",
         seconds=outcome.line.seconds + seconds,
     )  # fmt: skip
-    return Outcome(quantized=quantized, line=line)
+    return Outcome(quantized=replace(quantized, input_scale=outcome.quantized.input_scale), line=line)
 
 
 class Stream:
@@ -227,9 +231,12 @@ class Stream:
     def _seen(
         self, group: str, kinds: list[str], states: dict[tuple[str, str], object], tokens: int, in_features: int
     ) -> Seen:
-        if tokens < FEWEST_TOKENS * in_features:
+        if tokens < FEWEST_TOKENS * in_features and any(STATISTICS[kind].needs_many for kind in kinds):
+            few = {
+                kind: STATISTICS[kind].finish(states[group, kind]) for kind in kinds if not STATISTICS[kind].needs_many
+            }
             return Seen(
-                statistics={kind: STATISTICS[kind].neutral(in_features) for kind in kinds},
+                statistics={kind: STATISTICS[kind].neutral(in_features) for kind in kinds} | few,
                 tokens=tokens,
                 note=f"saw {tokens} tokens, fewer than a quarter of its {in_features} inputs: compressed without "
                 "statistics",

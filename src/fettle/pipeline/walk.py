@@ -121,6 +121,7 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> tuple[list[Outcome]
         solved = job.workers.map(partial(_solve, job, stream, statistics), stage)
         for item, outcome in zip(stage, solved, strict=True):
             stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
+            stream.skeleton.set_inputs_(item.linear, outcome.quantized.input_quantizer)
         outcomes.extend(solved)
     outcomes = _tune_block(job, unit, stream, outcomes, originals)
     if unit.index < job.last_data_unit:

@@ -5,11 +5,13 @@ Scheme           grid + granularity + scale type + zero point   scheme.py
 QuantizedTensor  codes, scale, zero point, scheme               quantized.py
 SparseTensor     a few weights kept apart, with their places    sparse.py
 FactoredTensor   two thin matrices beside the codes             factored.py
+Activations      what codes stand for a linear's inputs         activations.py
 pack_bits        codes as the standard's int32 words            packing.py
 """
 
 from __future__ import annotations
 
+from fettle.tensors.activations import Activations
 from fettle.tensors.factored import FactoredScheme, FactoredTensor
 from fettle.tensors.grid import Grid, uniform
 from fettle.tensors.quantized import QuantizedTensor, quantize
@@ -17,6 +19,7 @@ from fettle.tensors.scheme import Scheme
 from fettle.tensors.sparse import SparseScheme, SparseTensor
 
 __all__ = [
+    "Activations",
     "FactoredScheme",
     "FactoredTensor",
     "Grid",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fettle.errors import CheckpointError
+from fettle.tensors.activations import InputQuantizer, InputScale
 from fettle.tensors.packing import pack_bits, unpack_bits
 from fettle.tensors.remainder import Remainder
 from fettle.tensors.scales import Shared
@@ -42,6 +43,7 @@ class QuantizedTensor:
         levels: `scheme.value_dtype` [out, groups, 2**bits] with the learned grid; None with any other.
         tensor_scale: float32 [1] where the scheme has one; None otherwise.
         remainder: what is added to the values of the codes; None without, and where the weight is too small for one.
+        input_scale: of the linear's inputs, where the scheme stores one; a method leaves it to the walk.
     """
 
     codes: Tensor
@@ -51,6 +53,7 @@ class QuantizedTensor:
     levels: Tensor | None = None
     tensor_scale: Tensor | None = None
     remainder: Remainder | None = None
+    input_scale: InputScale | None = None
 
     @classmethod
     def of(cls, codes: Tensor, shared: Shared, scheme: Scheme) -> QuantizedTensor:
@@ -61,6 +64,12 @@ class QuantizedTensor:
     def shared(self) -> Shared:
         """Scale, zero point and levels, without the tensor scale."""
         return Shared(scale=self.scale, zero_point=self.zero_point, levels=self.levels)
+
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """What quantizes the linear's inputs; None where they stay as they are."""
+        activations = self.scheme.activations
+        return None if activations is None else InputQuantizer(activations=activations, fixed=self.input_scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,6 +123,10 @@ class QuantizedTensor:
             else:
                 signed = _signed(self.zero_point, bits)
                 state["weight_zero_point"] = signed.reshape(-1) if whole else signed
+        if self.input_scale is not None:
+            state["input_scale"] = self.input_scale.scale
+            if self.input_scale.zero_point is not None:
+                state["input_zero_point"] = self.input_scale.zero_point
         return state if self.remainder is None else state | self.remainder.to_state()
 
     @classmethod
@@ -157,6 +170,7 @@ class QuantizedTensor:
             scheme=scheme,
             tensor_scale=state["weight_tensor_scale"] if scheme.has_tensor_scale else None,
             remainder=remainder,
+            input_scale=stored_input_scale(state, scheme),
         )
 
 
@@ -166,6 +180,13 @@ def stored_shared(state: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int,
         levels = state["weight_levels"]
         return Shared(scale=levels.new_ones(shape), levels=levels)
     return Shared(scale=state["weight_scale"].to(scheme.value_dtype).reshape(shape))
+
+
+def stored_input_scale(state: Mapping[str, Tensor], scheme: Scheme) -> InputScale | None:
+    """The scale of the inputs that a state holds, checked; None where the scheme stores none."""
+    if scheme.activations is None or scheme.activations.dynamic:
+        return None
+    return InputScale.from_state(state, scheme.activations)
 
 
 def quantize(

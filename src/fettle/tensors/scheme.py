@@ -17,6 +17,7 @@ little range for a model's scales and so comes with one float32 for the whole te
 weight_tensor_scale [1]. Learned levels replace the scale: weight_levels [out, groups, 2^bits] (tensor: [1, 1, 2^bits]).
 
 A remainder, where a scheme has one, stands beside the codes in tensors of its own: `sparse.py`, `factored.py`.
+Inputs that are quantized with a stored scale have input_scale [1] and, asymmetric, input_zero_point int8 [1].
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from fettle.errors import RecipeError, unknown_word
+from fettle.tensors.activations import Activations
 from fettle.tensors.factored import FactoredScheme
 from fettle.tensors.grid import Grid
 from fettle.tensors.remainder import RemainderScheme, TensorSpec
@@ -57,6 +59,7 @@ class Scheme:
         zero_point: whether each scale comes with the code that stands for zero (asymmetric; uniform grids only).
         scale_dtype: a key of `SCALE_DTYPES`; of learned levels the type of the levels.
         remainder: what is kept beside the codes and added to their values; None for nothing.
+        activations: how the linear's inputs are quantized; None for not at all.
     """
 
     grid: Grid
@@ -65,6 +68,7 @@ class Scheme:
     zero_point: bool = False
     scale_dtype: str = "float32"
     remainder: RemainderScheme | None = None
+    activations: Activations | None = None
 
     @property
     def codes_alone(self) -> Scheme:
@@ -86,6 +90,11 @@ class Scheme:
     def has_tensor_scale(self) -> bool:
         """Whether one float32 scale for the whole tensor stands beside the small ones."""
         return self.scale_dtype == "float8_e4m3fn"
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether a scale for the linear's inputs is stored beside the weight."""
+        return self.activations is not None and not self.activations.dynamic
 
     def validate(self) -> None:
         """Checks that the parts fit together.
@@ -116,6 +125,8 @@ class Scheme:
             )
         if self.remainder is not None:
             self.remainder.validate()
+        if self.activations is not None:
+            self.activations.validate()
 
     def group_count(self, in_features: int) -> int:
         """Scales a row."""
@@ -157,6 +168,10 @@ class Scheme:
             spec["weight_zero_point"] = (
                 (torch.int32, (math.ceil(rows * bits / 32), groups)) if packed else (torch.int8, scale_shape)
             )
+        if self.has_input_scale:
+            spec["input_scale"] = (self.value_dtype, (1,))
+            if self.activations is not None and self.activations.zero_point:
+                spec["input_zero_point"] = (torch.int8, (1,))
         return spec | self.remainder_spec(shape)
 
     def remainder_spec(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
@@ -178,7 +193,7 @@ class Scheme:
             )
 
     def stored_bytes(self, shape: tuple[int, int], storage: str = "pack-quantized") -> int:
-        """Bytes on disk of a weight [out, in]: codes, scales, zero points, shape tensor and remainder, exactly."""
+        """Bytes on disk of a weight [out, in]: codes, all scales, zero points, shape tensor and remainder, exactly."""
         spec = self.state_spec(shape, storage).values()
         return sum(dtype.itemsize * math.prod(dimensions) for dtype, dimensions in spec)
 
@@ -195,7 +210,8 @@ class Scheme:
             "zero_point": self.zero_point,
             "scale_dtype": self.scale_dtype,
         }
-        return plain if self.remainder is None else {**plain, "remainder": self.remainder.to_dict()}
+        beside = {"remainder": self.remainder, "activations": self.activations}
+        return plain | {name: part.to_dict() for name, part in beside.items() if part is not None}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Scheme:
@@ -204,10 +220,11 @@ class Scheme:
         Raises:
             RecipeError: an unknown key, or parts that do not fit together.
         """
-        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype", "remainder")
+        allowed = ("grid", "granularity", "group_size", "zero_point", "scale_dtype", "remainder", "activations")
         for key in mapping:
             if key not in allowed:
                 raise RecipeError(unknown_word("key of a scheme", str(key), allowed))
+        activations = mapping.get("activations")
         scheme = cls(
             grid=Grid.from_dict(mapping.get("grid", {})),
             granularity=cast(Granularity, mapping.get("granularity")),
@@ -215,6 +232,7 @@ class Scheme:
             zero_point=bool(mapping.get("zero_point", False)),
             scale_dtype=str(mapping.get("scale_dtype", "float32")),
             remainder=_remainder_from_dict(mapping.get("remainder")),
+            activations=None if activations is None else Activations.from_dict(activations),
         )
         scheme.validate()
         return scheme
@@ -226,7 +244,9 @@ class Scheme:
         shared = f"group {self.group_size}" if self.granularity == "group" else f"a {what} a {self.granularity}"
         tensor = " and a tensor scale" if self.has_tensor_scale else ""
         beside = f", {self.remainder.describe()}" if self.remainder is not None else ""
-        return f"{grid}, {shared}, {'zero point, ' if self.zero_point else ''}{self.scale_dtype} {what}{tensor}{beside}"
+        inputs = f"; {self.activations.describe()}" if self.activations is not None else ""
+        zero = "zero point, " if self.zero_point else ""
+        return f"{grid}, {shared}, {zero}{self.scale_dtype} {what}{tensor}{beside}{inputs}"
 
 
 def _remainder_from_dict(mapping: dict[str, Any] | None) -> RemainderScheme | None:

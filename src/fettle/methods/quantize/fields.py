@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from torch import Tensor
+
 from fettle.errors import RecipeError
+from fettle.methods.quantize.observers import Observer, observe
+from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations, InputScale
 from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
@@ -30,10 +35,27 @@ class GridFields:
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu"] = field(
         default="auto",
         metadata={
-            "help": "type of the scales; auto is the model's own; float8_e8m0fnu are powers of two (MX), float8_e4m3fn "
-            "comes with a scale for the whole tensor (NV)"
+            "help": "type of the scales; auto is the model's own, float32 where inputs are quantized; float8_e8m0fnu "
+            "are powers of two (MX), float8_e4m3fn comes with a scale for the whole tensor (NV)"
         },
     )
+
+    activations: Literal["none", "dynamic", "static"] = field(
+        default="none",
+        metadata={
+            "help": "quantize the linear's inputs as well: with a scale found on the spot, or with one that is stored"
+        },
+    )
+    activation_bits: int = field(
+        default=8, metadata={"help": "bits of an input's code", "minimum": SMALLEST_BITS, "maximum": LARGEST_BITS}
+    )
+    activation_granularity: Literal["token", "tensor"] | None = field(
+        default=None, metadata={"help": "what shares an input scale; none for token where dynamic, tensor where static"}
+    )
+    observer: Observer = field(
+        default="percentile", metadata={"help": "how a static input scale is found on the calibration text"}
+    )
+    activation_asymmetric: bool = field(default=False, metadata={"help": "a zero point for the inputs, too"})
 
     def validate(self) -> None:
         """Checks that the fields fit together.
@@ -45,6 +67,18 @@ class GridFields:
             raise RecipeError(
                 "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
             )
+        for name in ("activation_bits", "activation_granularity", "activation_asymmetric", "observer"):
+            default = next(found.default for found in fields(self) if found.name == name)
+            if self.activations == "none" and getattr(self, name) != default:
+                raise RecipeError(
+                    f"{name} belongs to quantized inputs, and activations is none; set activations: dynamic or static, "
+                    "or leave it out"
+                )
+        if self.activations == "dynamic" and self.observer != "percentile":
+            raise RecipeError(
+                f"observer={self.observer!r} finds a stored scale, and a dynamic one is found on the spot; set "
+                "activations: static, or leave it out"
+            )
         self.scheme("float32")
 
     def scheme(self, dtype: str) -> Scheme:
@@ -52,12 +86,32 @@ class GridFields:
         granularity = self.granularity or ("channel" if self.group_size is None else "group")
         if self.scale_dtype != "auto":
             dtype = self.scale_dtype
+        elif self.activations != "none":
+            dtype = "float32"  # what is measured is then what a product of integers gives: no value is rounded
         scheme = Scheme(
             grid=named(self.grid, self.bits),
             granularity=granularity,
             group_size=self.group_size if granularity == "group" else None,
             zero_point=self.asymmetric,
             scale_dtype=dtype if dtype in SCALE_DTYPES else "float32",
+            activations=self._activations(),
         )
         scheme.validate()
         return scheme
+
+    def input_scale(self, statistics: Mapping[str, Tensor], *, dtype: str) -> InputScale:
+        """The stored scale of the inputs, as the observer finds it in the statistic "input_range"."""
+        scheme = self.scheme(dtype)
+        assert scheme.activations is not None
+        return observe(statistics["input_range"], self.observer, scheme.activations, scheme.value_dtype)
+
+    def _activations(self) -> Activations | None:
+        if self.activations == "none":
+            return None
+        dynamic = self.activations == "dynamic"
+        return Activations(
+            dynamic=dynamic,
+            bits=self.activation_bits,
+            granularity=self.activation_granularity or ("token" if dynamic else "tensor"),
+            zero_point=self.activation_asymmetric,
+        )

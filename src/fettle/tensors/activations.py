@@ -1,0 +1,224 @@
+"""How the inputs of a linear are quantized: uniform codes, a scale a token or a tensor, found on the spot or stored.
+
+    symmetric    scale = max|x| / ((2^bits - 1) / 2)          zero point 0
+    asymmetric   scale = (high - low) / (2^bits - 1)          zero point = clamp(round(-2^(bits-1) - low / scale))
+    code         clamp(round(x / scale + zero point), -2^(bits-1), 2^(bits-1) - 1)
+    value        (code - zero point) · scale
+
+with low = min(x, 0) and high = max(x, 0), so that zero stays zero. These are compressed-tensors' formulas to the bit (a
+test compares), so that its loaders compute what is measured here.
+
+Dynamic: low and high are those of each token (or of the whole tensor) as it comes. Static: one scale a tensor, stored
+beside the weight as `input_scale` [1] and, asymmetric, `input_zero_point` int8 [1].
+
+A scale for each input channel is not to be had: it stands inside the sum over the inputs, so no product of integers can
+leave it out, and folded into the weight it is a change of the weight and of what comes before, not of this scheme.
+
+Arithmetic is float32 whatever the inputs' type. Gradients pass as if nothing had been rounded (straight through, Bengio
+et al. 2013, https://arxiv.org/abs/1308.3432), so that a tuner sees through a block with quantized inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from fettle.errors import CheckpointError, RecipeError, unknown_word
+
+InputGranularity = Literal["token", "tensor"]
+SMALLEST_BITS, LARGEST_BITS = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What codes stand for a linear's inputs.
+
+    Attributes:
+        dynamic: whether the range is that of the inputs at hand, or stored.
+        bits: of a code.
+        granularity: what shares a scale: a token's inputs, or all of a call.
+        zero_point: whether the range is asymmetric.
+    """
+
+    dynamic: bool = True
+    bits: int = 8
+    granularity: InputGranularity = "token"
+    zero_point: bool = False
+
+    def validate(self) -> None:
+        """Checks that the parts fit together.
+
+        Raises:
+            RecipeError: they do not; says why.
+        """
+        if str(self.granularity) == "channel":
+            raise RecipeError(
+                "a scale for each input channel stands inside the sum of a product, so integers cannot be multiplied "
+                "with it; use activation_granularity: token (dynamic) or tensor"
+            )
+        if self.granularity not in get_args(InputGranularity):
+            raise RecipeError(unknown_word("activation_granularity", str(self.granularity), get_args(InputGranularity)))
+        if not isinstance(self.bits, int) or not SMALLEST_BITS <= self.bits <= LARGEST_BITS:
+            raise RecipeError(
+                f"activation_bits={self.bits!r} cannot be; allowed: integers from {SMALLEST_BITS} to {LARGEST_BITS}. "
+                "Usual is 8"
+            )
+        if not self.dynamic and self.granularity == "token":
+            raise RecipeError(
+                "a stored scale cannot be for tokens that nobody has seen yet; use activation_granularity: tensor with "
+                "activations: static, or activations: dynamic"
+            )
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads back."""
+        return {
+            "dynamic": self.dynamic, "bits": self.bits, "granularity": self.granularity, "zero_point": self.zero_point,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, mapping: dict[str, Any]) -> Activations:
+        """The inverse of `to_dict`.
+
+        Raises:
+            RecipeError: an unknown key, or parts that do not fit together.
+        """
+        allowed = ("dynamic", "bits", "granularity", "zero_point")
+        for key in mapping:
+            if key not in allowed:
+                raise RecipeError(unknown_word("key of activations", str(key), allowed))
+        found = cls(
+            dynamic=bool(mapping.get("dynamic", True)),
+            bits=mapping.get("bits", 8),
+            granularity=cast(InputGranularity, mapping.get("granularity", "token")),
+            zero_point=bool(mapping.get("zero_point", False)),
+        )
+        found.validate()
+        return found
+
+    def describe(self) -> str:
+        """For people: "inputs int8 a token" or "inputs int8 static, zero point"."""
+        how = f"a {self.granularity}" if self.dynamic else "static"
+        return f"inputs int{self.bits} {how}{', zero point' if self.zero_point else ''}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputScale:
+    """The stored scale of a linear's inputs.
+
+    Attributes:
+        scale: [1], in the type in which it is stored.
+        zero_point: int8 [1], the code that stands for zero; None where the range is symmetric.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    @classmethod
+    def spanning(cls, low: float, high: float, activations: Activations, dtype: torch.dtype) -> InputScale:
+        """The scale (rounded to `dtype`, positive) and zero point that span `low` to `high`."""
+        ends = torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
+        scale, _ = _spanning(*ends, activations)
+        smallest = torch.finfo(dtype).smallest_normal
+        stored = scale.clamp(min=smallest).to(dtype) if float(scale) > 0 else torch.ones(1, dtype=dtype)
+        point = _zero_points(ends[0].clamp(max=0), stored.double(), activations)
+        return cls(scale=stored, zero_point=None if point is None else point.to(torch.int8))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], activations: Activations) -> InputScale:
+        """From `input_scale` and `input_zero_point`.
+
+        Raises:
+            CheckpointError: a scale that is not positive, or a zero point that is no code.
+        """
+        scale, point = state["input_scale"], state["input_zero_point"] if activations.zero_point else None
+        if not bool((scale.float() > 0).all() & torch.isfinite(scale.float()).all()):
+            raise CheckpointError(f"input_scale is {scale.tolist()}; a scale is above 0. The file is damaged")
+        low, high = activations.levels
+        if point is not None and not low <= int(point) <= high:
+            raise CheckpointError(f"input_zero_point is {int(point)}; it must be a code, {low} to {high}")
+        return cls(scale=scale, zero_point=point)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InputQuantizer:
+    """Inputs → the values that their codes stand for.
+
+    Attributes:
+        activations: what the codes are.
+        fixed: the stored scale; None where it is found on the spot.
+    """
+
+    activations: Activations
+    fixed: InputScale | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """[..., in] → the same shape and type; gradients pass straight through."""
+        if not inputs.numel():
+            return inputs
+        quantized: Tensor = _StraightThrough.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return quantized
+
+    def codes(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes float32 [..., in], and scale and zero point, float32, that go with them by broadcasting."""
+        wide = inputs.float()
+        scale, point = self._ranges(wide)
+        units = (wide / scale).add_(point)
+        return units.clamp_(*self.activations.levels).round_(), scale, point
+
+    def values(self, inputs: Tensor) -> Tensor:
+        """The values that the codes stand for, in the inputs' type."""
+        codes, scale, point = self.codes(inputs)
+        return codes.sub_(point).mul_(scale).to(inputs.dtype)
+
+    def _ranges(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for float32 inputs [..., in]."""
+        if self.fixed is not None:
+            scale, stored = self.fixed.scale.to(inputs.device).float(), self.fixed.zero_point
+            return scale, torch.zeros_like(scale) if stored is None else stored.to(inputs.device).float()
+        if self.activations.granularity == "token":
+            low, high = torch.aminmax(inputs, dim=-1, keepdim=True)
+        else:
+            low, high = torch.aminmax(inputs)
+        scale, point = _spanning(low, high, self.activations)
+        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)  # nothing but zeros
+        return scale, torch.zeros_like(scale) if point is None else point
+
+
+def _spanning(low: Tensor, high: Tensor, activations: Activations) -> tuple[Tensor, Tensor | None]:
+    """Scale (0 for an empty range) and zero point that span low … high."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    steps = 2**activations.bits - 1
+    if not activations.zero_point:
+        return torch.maximum(low.abs(), high.abs()) / (steps / 2), None
+    scale = (high - low) / steps
+    return scale, _zero_points(low, scale, activations)
+
+
+def _zero_points(low: Tensor, scale: Tensor, activations: Activations) -> Tensor | None:
+    """The code that stands for zero, as a floating number."""
+    if not activations.zero_point:
+        return None
+    bottom, top = activations.levels
+    point = (bottom - low / scale).clamp(bottom, top)
+    return torch.where(scale > 0, point, torch.zeros_like(point)).round()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`InputQuantizer.values` with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, quantizer: InputQuantizer) -> Tensor:
+        return quantizer.values(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

@@ -1,0 +1,142 @@
+"""Quantized inputs against compressed-tensors' own arithmetic, and their round trips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import Tensor, nn
+
+from fettle.errors import CheckpointError, RecipeError
+from fettle.tensors import Activations, Scheme, quantize, uniform
+from fettle.tensors.activations import InputQuantizer, InputScale
+
+SCHEME = Scheme(grid=uniform(8), granularity="channel", activations=Activations(dynamic=False, granularity="tensor"))
+
+
+def some_inputs(*shape: int, seed: int = 0) -> Tensor:
+    """Skewed, with an outlier and a token of zeros."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + 0.4
+    values[..., 1, :] = 0
+    values[..., 2, 3] = 37.5
+    return values
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_dynamic_values_are_those_of_the_standard(bits: int, zero_point: bool, granularity: Any) -> None:
+    args = QuantizationArgs(num_bits=bits, symmetric=not zero_point, strategy=granularity, dynamic=True)
+    inputs = some_inputs(3, 7, 45)
+    scale, point = compute_dynamic_scales_and_zp(inputs, args, nn.Module())
+    activations = Activations(bits=bits, zero_point=zero_point, granularity=granularity)
+    assert torch.equal(InputQuantizer(activations=activations)(inputs), fake_quantize(inputs, scale, point, args))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_static_values_are_those_of_the_standard(bits: int, zero_point: bool) -> None:
+    args = QuantizationArgs(num_bits=bits, symmetric=not zero_point, strategy="tensor")
+    activations = Activations(dynamic=False, bits=bits, zero_point=zero_point, granularity="tensor")
+    fixed = InputScale.spanning(-1.5, 4.0, activations, torch.bfloat16)
+    assert (fixed.zero_point is not None) == zero_point
+    inputs = some_inputs(3, 7, 45)
+    point = None if fixed.zero_point is None else fixed.zero_point
+    expected = fake_quantize(inputs, fixed.scale.float(), point, args)
+    assert torch.equal(InputQuantizer(activations=activations, fixed=fixed)(inputs), expected)
+    inside = inputs.clamp(-1.4, 3.9) if zero_point else inputs.clamp(-3.9, 3.9)
+    error = (InputQuantizer(activations=activations, fixed=fixed)(inside) - inside).abs().max()
+    assert float(error) <= float(fixed.scale) * (0.501 if zero_point else 0.6)
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_tokens_are_independent(zero_point: bool) -> None:
+    quantizer = InputQuantizer(activations=Activations(zero_point=zero_point))
+    inputs = some_inputs(9, 33)
+    alone = torch.stack([quantizer(token) for token in inputs])
+    assert torch.equal(quantizer(inputs), alone)
+    assert torch.equal(quantizer(inputs.reshape(3, 3, 33)).reshape(9, 33), alone)
+    assert torch.equal(quantizer(inputs)[1], torch.zeros(33))
+
+
+def test_a_scale_of_the_tensor_is_shared_by_its_tokens() -> None:
+    quantizer = InputQuantizer(activations=Activations(granularity="tensor"))
+    inputs = some_inputs(9, 33)
+    assert len((quantizer(inputs) / float(inputs.abs().max() / 127.5)).round().unique()) < 50
+    assert not torch.equal(quantizer(inputs)[:2], quantizer(inputs[:2]))
+
+
+def test_no_inputs_zeros_and_what_is_no_number() -> None:
+    quantizer = InputQuantizer(activations=Activations(zero_point=True))
+    assert quantizer(torch.empty(0, 5)).shape == (0, 5)
+    assert torch.equal(quantizer(torch.zeros(2, 5)), torch.zeros(2, 5))
+    assert bool(quantizer(torch.tensor([[1.0, float("nan")]])).isnan().any())
+    assert quantizer(torch.randn(2, 5).half()).dtype == torch.float16
+
+
+def test_gradients_pass_straight_through() -> None:
+    inputs = some_inputs(4, 6).requires_grad_()
+    (InputQuantizer(activations=Activations(bits=4))(inputs) * 3).sum().backward()
+    assert inputs.grad is not None
+    assert torch.equal(inputs.grad, torch.full((4, 6), 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ends", [(0.0, 0.0), (0.0, 1e-30), (-3.0, 0.0), (2.0, 5.0)])
+def test_a_stored_scale_is_positive_in_its_type(dtype: torch.dtype, ends: tuple[float, float]) -> None:
+    for zero_point in (False, True):
+        activations = Activations(dynamic=False, granularity="tensor", zero_point=zero_point)
+        fixed = InputScale.spanning(*ends, activations, dtype)
+        assert fixed.scale.dtype == dtype
+        assert float(fixed.scale) > 0
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_scheme_and_state_come_back(zero_point: bool) -> None:
+    assert SCHEME.activations is not None
+    scheme = replace(SCHEME, activations=replace(SCHEME.activations, zero_point=zero_point))
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+    assert "inputs int8 static" in scheme.describe()
+    weight = torch.randn(5, 13)
+    made = quantize(weight, torch.full((5, 1), 0.02), None, scheme)
+    fixed = InputScale.spanning(-1.0, 2.0, scheme.activations or Activations(), torch.float32)
+    made = replace(made, input_scale=fixed)
+    for storage in ("pack-quantized", "int-quantized"):
+        state = made.to_state(storage)
+        back = type(made).from_state(state, scheme, storage)
+        assert back.input_scale is not None
+        assert torch.equal(back.input_scale.scale, fixed.scale)
+        assert (back.input_scale.zero_point is None) == (not zero_point)
+        assert sum(t.nbytes for t in state.values()) == made.nbytes(storage)
+        plain = replace(scheme, activations=None)
+        assert made.nbytes(storage) - plain.stored_bytes((5, 13), storage) == 4 + zero_point
+
+
+def test_damaged_input_scales_are_refused() -> None:
+    made = quantize(torch.randn(5, 13), torch.full((5, 1), 0.02), None, SCHEME)
+    with pytest.raises(CheckpointError, match="input_scale is missing"):
+        type(made).from_state(made.to_state(), SCHEME)
+    for bad in (0.0, -1.0, float("nan")):
+        state = {**made.to_state(), "input_scale": torch.tensor([bad])}
+        with pytest.raises(CheckpointError, match="a scale is above 0"):
+            type(made).from_state(state, SCHEME)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"granularity": "channel"}, "inside the sum of a product"),
+        ({"granularity": "row"}, "unknown activation_granularity 'row'"),
+        ({"dynamic": False}, "nobody has seen yet"),
+        ({"bits": 9}, "integers from 2 to 8"),
+        ({"width": 8}, "unknown key of activations 'width'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_reason(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        Activations.from_dict(fields)
