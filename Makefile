@@ -11,6 +11,9 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# The suites that run over every method, grid and family: `make test` runs them, and `make check` need not do it twice.
+WIDE := --ignore tests/conformance --ignore tests/parity
+
 .PHONY: help install demo test check bench test-all docs constraints clean
 
 help:  ## show this list
@@ -34,7 +37,7 @@ check: $(STAMP)  ## format, lint, types, import contracts, fast tests (warnings 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not assets and not exhaustive and not slow'
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not assets and not exhaustive and not slow' $(WIDE)
 
 test-all: $(STAMP)  ## also the tests that need ../shared/assets
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m ''
