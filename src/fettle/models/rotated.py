@@ -12,15 +12,16 @@ and with the values v → v·R_b of each head: rows of the value matrix and its 
 projection times R_b, head by head; attention mixes tokens and not channels, so heads that share values need nothing
 else.
 
-Why a view of the files: the walk, the second copy of a block, statistics, a budget's search and what is copied unchanged
-all read the base through `Checkpoint`. Seen through this, the base *is* the rotated model, and nobody else needs to
-know. Every tensor is a pure function of the files and of R, so a resumed run reads the same bytes; memory stays one
-tensor above what the walk needs anyway.
+Why a view of the files: the walk, the second copy of a block, statistics, a budget's search and what is copied
+unchanged all read the base through `Checkpoint`. Seen through this, the base *is* the rotated model, and nobody else
+needs to know. Every tensor is a pure function of the files and of R, so a resumed run reads the same bytes; memory
+stays one tensor above what the walk needs anyway.
 
 What is kept is written in the type of its tensor, so a bfloat16 model's embedding, head and routers are rounded once
-more; what is compressed is read in float32 (`in_float32`). A tied head gets a tensor of its own, as the final norm goes into it
-alone, and `tie_word_embeddings` becomes false. Refused with a reason: families whose norms weigh the stream itself (BERT)
-or what is added to it (Gemma 2), models without a head, whose output is the stream, and those without a table.
+more; what is compressed is read in float32 (`in_float32`). A tied head gets a tensor of its own, as the final norm goes
+into it alone, and `tie_word_embeddings` becomes false. Refused with a reason: families whose norms weigh the stream
+itself (BERT) or what is added to it (Gemma 2), models without a head, whose output is the stream, and those without a
+table.
 """
 
 from __future__ import annotations

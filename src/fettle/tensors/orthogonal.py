@@ -13,8 +13,8 @@ product of a base and a power of two:
 `hadamard_order` takes the largest order that divides the width: 576 is one block of 576 = 36 · 16, 896 one of 28 · 32;
 a width such as 44 is one of 44; where there is none, as in 6 = 3 · 2, blocks of a smaller order stand side by side.
 
-`centred` matrices also leave the vector of ones where it is: R followed by the reflection that takes 1ᵀR back to 1ᵀ. They
-commute with taking away a mean, so with a LayerNorm too.
+`centred` matrices also leave the vector of ones where it is: R followed by the reflection that takes 1ᵀR back to 1ᵀ.
+They commute with taking away a mean, so with a LayerNorm too.
 
 Cost of n channels: n · (k + base) additions a row, in float64: a row's result is then the same, to the last bit of its
 own type, whichever rows it stands among.
@@ -51,7 +51,7 @@ class Orthogonal:
         return f"Hadamard {self.order}" if blocks == 1 else f"{blocks} blocks of Hadamard {self.order}"
 
     def apply(self, rows: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """rows [..., k · width] · diag(scale) → each run of `width` columns times R, in `dtype` or the rows' own.
+        """`rows` [..., k · width] · diag(scale) → each run of `width` columns times R, in `dtype` or the rows' own.
 
         Args:
             rows: any floating-point type; not changed.
@@ -69,22 +69,33 @@ class Orthogonal:
             result[start : start + step] = self._multiply(part.reshape(-1, self.width)).reshape(-1, columns)
         return result.reshape(rows.shape)
 
+    def undo(self, rows: Tensor) -> Tensor:
+        """`rows` [..., width] · Rᵀ, in their own type: what `apply` was given."""
+        flat = rows.reshape(-1, self.width).double()
+        if (normal := self._normal()) is not None:
+            flat = _reflected(flat, normal)
+        turned = _hadamard_product(flat, self.order, transposed=True) * self.signs
+        return turned.to(rows.dtype).reshape(rows.shape)
+
     def matrix(self) -> Tensor:
         """R, float64 [width, width]: for small widths, and for looking at."""
         return self.apply(torch.eye(self.width, dtype=torch.float64))
 
     def _multiply(self, rows: Tensor) -> Tensor:
         """float64 [n, width] · R."""
-        mixed = _hadamard_product(rows * self.signs, self.order)
+        mixed, normal = _hadamard_product(rows * self.signs, self.order), self._normal()
+        return mixed if normal is None else _reflected(mixed, normal)
+
+    def _normal(self) -> Tensor | None:
+        """The difference, of length 1, of the directions of 1ᵀR before and after the reflection; None where there is
+        none.
+        """
         if not self.centred:
-            return mixed
-        # 1ᵀR is v·√width; the reflection on the plane between v and u = 1/√width takes it to 1ᵀ
+            return None
         unit = torch.full((self.width,), 1 / math.sqrt(self.width), dtype=torch.float64)
         normal = _hadamard_product((unit * self.signs).unsqueeze(0), self.order)[0] - unit
-        length = normal.square().sum()
-        if length < 1e-24:  # noqa: PLR2004 - it is there already
-            return mixed
-        return mixed - (mixed @ normal * (2 / length)).unsqueeze(1) * normal
+        length = normal.norm()
+        return normal / length if length > 1e-12 else None
 
 
 def randomized(width: int, generator: torch.Generator, *, centred: bool = False) -> Orthogonal:
@@ -137,7 +148,7 @@ def _paley(order: int) -> Tensor:
     border[0, 1:] = 1
     border[1:, 1:] = character[(places.unsqueeze(1) - places) % prime]
     eye = torch.eye(size, dtype=torch.float64)
-    if prime % 4 == 3:  # noqa: PLR2004 - skew: I + S
+    if prime % 4 == 3:  # I + a skew matrix
         border[1:, 0] = -1
         return eye + border
     border[1:, 0] = 1  # symmetric: each entry becomes a block of two
@@ -146,13 +157,17 @@ def _paley(order: int) -> Tensor:
     return torch.kron(border, whole) + torch.kron(eye, diagonal)
 
 
-def _hadamard_product(rows: Tensor, order: int) -> Tensor:
-    """float64 [n, k · order] times blockdiag(H, …) / √order."""
+def _reflected(rows: Tensor, normal: Tensor) -> Tensor:
+    return rows - (rows @ normal * 2).unsqueeze(1) * normal
+
+
+def _hadamard_product(rows: Tensor, order: int, *, transposed: bool = False) -> Tensor:
+    """float64 [n, k · order] times blockdiag(H, …) / √order, or its transpose."""
     base = _base(order)
     assert base is not None, order
     mixed = rows.reshape(-1, base, order // base)  # [n · k, base, 2ᵏ]
     if base > 1:
-        mixed = torch.einsum("nbp,bc->ncp", mixed, _paley(base))
+        mixed = torch.einsum("nbp,cb->ncp" if transposed else "nbp,bc->ncp", mixed, _paley(base))
     half = 1
     while half < order // base:
         pairs = mixed.reshape(-1, base, order // base // (2 * half), 2, half)

@@ -13,9 +13,10 @@ on any grid, with statistics, rescaling, the drift and a block's objective, work
 (`models/rotated.py` does the folding, as a block is read).
 
 Ours differs: LayerNorm models (GPT-2, GPT-Neo, GPT-NeoX) are rotated by an R that leaves the vector of ones where it
-is, so that their norms stay LayerNorms and no mean has to be folded into what writes. Query heads that share a key-value
-head need nothing: a block has one R_b. All is offline and costs nothing at run time. Rotations that would have to be
-computed at run time (the inputs of the down projection, keys in a cache: R3 and R4) are not there, nor learned ones.
+is, so that their norms stay LayerNorms and no mean has to be folded into what writes. Query heads that share a
+key-value head need nothing: a block has one R_b. All is offline and costs nothing at run time. Rotations that would
+have to be computed at run time (the inputs of the down projection, keys in a cache: R4 and R3) are not there, nor
+learned ones.
 
 Cost: n·log n additions a row of each matrix, once. Tied embeddings are untied, since the final norm is folded into the
 head alone: the written model has a head of its own, which plan and ledger count.
@@ -42,7 +43,8 @@ class Rotation:
     title: ClassVar[str] = "Randomized Hadamard rotation, folded into the weights"
     source: ClassVar[str] = "Ashkboos et al. 2024, QuaRot, https://arxiv.org/abs/2404.00456"
     statistics: ClassVar[tuple[str, ...]] = ()
-    objective: ClassVar[str] = "none: the function stays"
+    objective: ClassVar[str] = "nothing"
+    switch: ClassVar[str] = "rotate"
 
     residual: bool = field(default=True, metadata={"help": "rotate the residual stream, between all blocks"})
     heads: bool = field(default=True, metadata={"help": "rotate each head's values, before the output projection"})
