@@ -22,8 +22,9 @@ Method = TypeVar("Method", bound=MatrixMethod | BasisMethod)
 
 def _classes(verb: str) -> dict[str, Any]:
     """The methods that can do `verb`, by name: what the package imports beside them is none."""
-    classes: list[Any] = [value for value in vars(quantize).values() if isinstance(value, type)]
-    return {cls.name: cls for cls in classes if dataclasses.is_dataclass(cls) and hasattr(cls, verb)}
+    found = (value for value in vars(quantize).values() if isinstance(value, type) and hasattr(value, verb))
+    classes: list[Any] = [value for value in found if dataclasses.is_dataclass(value)]
+    return {cls.name: cls for cls in classes}
 
 
 METHODS: dict[str, type[MatrixMethod]] = _classes("compress")

@@ -84,11 +84,11 @@ class RotatedCheckpoint(Checkpoint):
         return self._changed(name, change, super().read(change.source))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop`; of a matrix whose rows are mixed, or a norm, all are read first."""
+        """Rows `start` to `stop`; where rows are mixed, or it is a vector, all are read first."""
         change = self.changes.get(name)
         if change is None:
             return super().read_rows(name, start, stop)
-        if change.rows is not None or change.transposed or change.ones:
+        if change.rows is not None or change.transposed or len(self.entry(name).shape) == 1:
             return self.read(name)[start:stop]
         return self._changed(name, change, super().read_rows(change.source, start, stop))
 
