@@ -124,7 +124,7 @@ def test_outlier_channels_cost_less_on_a_rotated_model(tied_llama: Path, text_fi
     "step",
     [
         {"method": "gptq", "bits": 8, "correction": 0.5},
-        {"method": "learned_rounding", "bits": 8, "steps": 4},
+        pytest.param({"method": "learned_rounding", "bits": 8, "steps": 4}, marks=pytest.mark.exhaustive),
         pytest.param({"method": "awq", "bits": 8, "clip": "none"}, marks=pytest.mark.exhaustive),
     ],
     ids=["gptq", "learned_rounding", "awq"],
