@@ -81,3 +81,13 @@ def test_an_unknown_method_gets_the_nearest_spelling() -> None:
 )
 def test_fields_say_the_scheme(fields: dict[str, Any], dtype: str, described: str) -> None:
     assert from_fields("round_to_nearest", fields).scheme(dtype).describe() == described
+
+
+def test_methods_for_the_whole_model_declare_themselves_and_are_no_matrix_methods() -> None:
+    assert set(registry.BASES) == {"rotation"} and not set(registry.BASES) & set(METHODS)
+    cls = registry.BASES["rotation"]
+    assert cls.name == "rotation" and cls.title and cls.source and cls.switch == "rotate" and cls.statistics == ()
+    method = registry.basis_from_fields("rotation", {"seed": 4, "heads": False})
+    assert registry.basis_from_fields("rotation", yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
+    with pytest.raises(RecipeError, match="compresses no linear by itself"):
+        from_fields("rotation", {})

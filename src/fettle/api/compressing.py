@@ -92,7 +92,7 @@ def compress(
         evaluate: measure the written files; None: where that takes under about a minute.
         generic: treat every linear of an unknown architecture alike.
         budget: how small it has to be; each linear then gets the scheme with which the whole keeps most, and only the
-            calibration of `recipe` is used.
+            calibration of `recipe` is used, and its rotation.
         report: where the page goes; None: `OUTPUT.run/report.html`.
         progress: told how far it is.
         command: the command that reproduces this, for the page.
@@ -109,7 +109,9 @@ def compress(
     with stop_on_signals(output):
         choice = None
         if budget is not None:
-            probe = probe_run(model, budget, chosen.calibration, device=device, threads=threads, generic=generic)
+            probe = probe_run(
+                model, budget, chosen.calibration, device=device, threads=threads, generic=generic, basis=chosen.basis
+            )
             refuse_inside(probe.checkpoint.folder, output)
             choice = choose(probe, output, budget, fresh=fresh, progress=progress)
             chosen = choice.recipe

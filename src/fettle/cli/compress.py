@@ -65,6 +65,7 @@ def run(
       fettle compress demo -o small --recipe gptq-4bit
       fettle compress ./llama -o llama-4bit --method gptq --bits 4 --group-size 32 --asymmetric \\
           --calibration text.txt --windows 128 --length 256 --seed 0
+      fettle compress ./llama -o llama-3bit --method gptq --bits 3 --rotate
       fettle compress demo -o small --bits-per-weight 3.5
     """
     budget = _budget(bits_per_weight, size, candidate, free_fused)

@@ -7,6 +7,7 @@ a pure function on tensors.
     InputObserver  statistics → the stored scale of the inputs
     Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
     Rescaler       what a MatrixMethod may bring along: weights that read the same inputs → factors for those inputs
+    BasisMethod     for the whole model, before all others: other coordinates, the same function
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from fettle.tensors.activations import InputScale
+from fettle.tensors.orthogonal import Orthogonal
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 
@@ -147,4 +149,33 @@ class RescalingMethod(Protocol):
 
     def rescaler(self) -> Rescaler:
         """The rescaler with this method's options."""
+        ...
+
+
+class BasisMethod(Protocol):
+    """Puts the whole model into other coordinates before any matrix is compressed; its function stays. Frozen, as a
+    MatrixMethod is, with the same attributes.
+
+    Attributes:
+        switch: the flag that asks for it beside other methods, without its dashes.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    statistics: ClassVar[tuple[str, ...]]
+    objective: ClassVar[str]
+    switch: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def validate(self) -> None:
+        """As a MatrixMethod's."""
+        ...
+
+    def residual_map(self, width: int, *, centred: bool) -> Orthogonal | None:
+        """R for a residual stream of this width, which leaves the ones where they are if `centred`; None: it stays."""
+        ...
+
+    def head_map(self, head_dim: int, block: int) -> Orthogonal | None:
+        """R for the values of each head of a block; None: they stay."""
         ...

@@ -1,6 +1,7 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py`.
+A method is registered by its import line in `methods/quantize/__init__.py`. `METHODS` compress one matrix each;
+`BASES` put the whole model into other coordinates before.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import quantize
-from fettle.methods.protocols import MatrixMethod
+from fettle.methods.protocols import BasisMethod, MatrixMethod
+
+Method = TypeVar("Method", bound=MatrixMethod | BasisMethod)
 
 
-def _as_method(value: Any) -> type[MatrixMethod] | None:
-    """`value` if it is a method's class: what the package imports beside them is none."""
-    found = isinstance(value, type) and dataclasses.is_dataclass(value) and hasattr(value, "compress")
-    return typing.cast(type[MatrixMethod], value) if found else None
+def _classes(verb: str) -> dict[str, Any]:
+    """The methods that can do `verb`, by name: what the package imports beside them is none."""
+    found = (value for value in vars(quantize).values() if isinstance(value, type) and hasattr(value, verb))
+    classes: list[Any] = [value for value in found if dataclasses.is_dataclass(value)]
+    return {cls.name: cls for cls in classes}
 
 
-METHODS: dict[str, type[MatrixMethod]] = {
-    cls.name: cls for cls in map(_as_method, vars(quantize).values()) if cls is not None
-}
+METHODS: dict[str, type[MatrixMethod]] = _classes("compress")
+BASES: dict[str, type[BasisMethod]] = _classes("residual_map")
 
 
 def get(name: str) -> type[MatrixMethod]:
@@ -34,6 +37,11 @@ def get(name: str) -> type[MatrixMethod]:
     Raises:
         RecipeError: there is none; offers the nearest spelling.
     """
+    if name in BASES:
+        raise RecipeError(
+            f"{name} is for the whole model and compresses no linear by itself; make it the first step of a recipe "
+            f"(- method: {name}), or give --{BASES[name].switch} beside --method"
+        )
     if name not in METHODS:
         raise RecipeError(unknown_word("method", name, METHODS))
     return METHODS[name]
@@ -45,11 +53,19 @@ def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
     Raises:
         RecipeError: an unknown method or field (with the nearest spelling), or a value that cannot be.
     """
-    cls = get(name)
+    return _from_fields(get(name), mapping)
+
+
+def basis_from_fields(name: str, mapping: Mapping[str, Any]) -> BasisMethod:
+    """The same of a method for the whole model; `name` is one of `BASES`."""
+    return _from_fields(BASES[name], mapping)
+
+
+def _from_fields(cls: type[Method], mapping: Mapping[str, Any]) -> Method:
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in mapping:
         if key not in fields:
-            raise RecipeError(unknown_word(f"field of the method {name}", str(key), fields))
+            raise RecipeError(unknown_word(f"field of the method {cls.name}", str(key), fields))
     hints = get_type_hints(cls)
     method = cls(**{key: _plain(value, hints[key]) for key, value in mapping.items()})
     validate(method)
@@ -61,12 +77,12 @@ def _plain(value: Any, hint: Any) -> Any:
     return None if value == "none" and _fits(None, hint) and not _fits(value, hint) else value
 
 
-def to_fields(method: MatrixMethod) -> dict[str, Any]:
+def to_fields(method: MatrixMethod | BasisMethod) -> dict[str, Any]:
     """Every field with its value: what `from_fields` reads back to an equal method."""
     return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
 
 
-def validate(method: MatrixMethod) -> None:
+def validate(method: MatrixMethod | BasisMethod) -> None:
     """Checks every field's type and bounds, then what the method itself asks.
 
     Raises:

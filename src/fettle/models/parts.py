@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fettle.errors import UsageError
+from fettle.models.sources import Residual
 
 #: tensor-name endings that together stand for one matrix stored as codes
 CODE_SUFFIXES = (
@@ -39,6 +40,7 @@ class Linear:
     slot: Slot
     input_group: str
     expert: int | None = None
+    norm: str | None = None  # the norm through which it reads the residual stream, by its module's name on disk
 
     @property
     def parameters(self) -> int:
@@ -97,6 +99,7 @@ class Anatomy:
     causal: bool
     parameters: Mapping[str, str]  # checkpoint tensor → transformers parameter, for what is not a linear
     blocks_return_tuple: bool = False
+    residual: Residual | None = None  # its norm and tables by their names on disk; None: not known
 
     def linears(self) -> Iterator[Linear]:
         """The matrices of the blocks, in order; embedding and head are not among them."""

@@ -11,6 +11,9 @@
 A step without `where` means every linear of the blocks except routers: a quantized router sends tokens to the wrong
 experts and saves nothing. Embeddings and the head are touched only by a step that names them. Where several steps match
 one linear, the last one wins.
+
+A step of a method for the whole model (`- method: rotation`) stands first, once and without `where`: all steps behind
+it see the model as it leaves it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import yaml
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
-from fettle.methods.protocols import MatrixMethod
+from fettle.methods.protocols import BasisMethod, MatrixMethod
 from fettle.models.anatomy import Anatomy, Linear
 
 Storage = Literal["pack-quantized", "int-quantized"]
@@ -87,10 +90,13 @@ class Recipe:
     steps: tuple[Step, ...]
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     storage: Storage = "pack-quantized"
+    basis: BasisMethod | None = None  # what the whole model passes through before the steps
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse_recipe` reads back to an equal recipe."""
-        steps = []
+        steps: list[dict[str, Any]] = []
+        if self.basis is not None:
+            steps.append({"method": self.basis.name, **registry.to_fields(self.basis)})
         for step in self.steps:
             where = {k: v for k, v in dataclasses.asdict(step.where).items() if v is not None}
             if "role" in where:
@@ -165,9 +171,13 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     storage = mapping.get("storage", "pack-quantized")
     if storage not in get_args(Storage):
         raise RecipeError(f"{origin}: {unknown_word('storage', str(storage), get_args(Storage))}")
+    basis = _parse_basis(steps, origin)
     recipe = Recipe(
         name=str(mapping.get("name", Path(origin).stem)),
-        steps=tuple(_parse_step(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps)),
+        basis=basis,
+        steps=tuple(
+            _parse_step(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps) if i > 0 or basis is None
+        ),
         calibration=_parse_calibration(mapping.get("calibration") or {}, origin),
         storage=storage,
     )
@@ -186,6 +196,13 @@ def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: Calibr
     title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
+
+
+def with_basis(recipe: Recipe, basis: BasisMethod) -> Recipe:
+    """The recipe with `basis` before its steps; RecipeError where it has one already."""
+    if recipe.basis is not None:
+        raise RecipeError(f"the recipe {recipe.name} has a step {recipe.basis.name} already; leave out --rotate")
+    return dataclasses.replace(recipe, basis=basis, name=f"{basis.name}-{recipe.name}")
 
 
 def _usual_storage(method: MatrixMethod) -> Storage:
@@ -236,6 +253,32 @@ def parse_blocks(text: str, block_count: int | None) -> set[int]:
             raise RecipeError(f"blocks {text!r}: {part.strip()} is outside 0 to {block_count - 1}")
         chosen.update(range(low, high + 1))
     return chosen
+
+
+def _parse_basis(steps: list[Any], origin: str) -> BasisMethod | None:
+    """The method of the first step where it is one for the whole model; RecipeError where one stands elsewhere."""
+    names = [step.get("method") if isinstance(step, Mapping) else None for step in steps]
+    for number, name in enumerate(names[1:], start=2):
+        if name in registry.BASES:
+            raise RecipeError(
+                f"{origin}, step {number}: {name} is for the whole model, before anything is compressed; make it the "
+                "first step, and the only one of its kind"
+            )
+    if names[0] not in registry.BASES:
+        return None
+    if "where" in steps[0]:
+        raise RecipeError(
+            f"{origin}, step 1: {names[0]} is for the whole model, all linears at once: leave out 'where' there; the "
+            "steps behind it may have one"
+        )
+    if len(steps) == 1:
+        raise RecipeError(
+            f"{origin}: {names[0]} alone makes nothing smaller; add a step that compresses, such as: - method: gptq"
+        )
+    try:
+        return registry.basis_from_fields(names[0], {key: value for key, value in steps[0].items() if key != "method"})
+    except RecipeError as error:
+        raise RecipeError(f"{origin}, step 1: {error}") from None
 
 
 def _parse_step(mapping: Any, origin: str) -> Step:
