@@ -63,7 +63,8 @@ class Activations:
         if str(self.granularity) == "channel":
             raise RecipeError(
                 "a scale for each input channel stands inside the sum of a product, so integers cannot be multiplied "
-                "with it; use activation_granularity: token (dynamic) or tensor"
+                "with it; use activation_granularity: token (dynamic) or tensor; smoothquant with alpha: 1 "
+                "folds a scale for each channel into what feeds it"
             )
         if self.granularity not in get_args(InputGranularity):
             raise RecipeError(unknown_word("activation_granularity", str(self.granularity), get_args(InputGranularity)))

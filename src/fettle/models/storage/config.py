@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Linear, unreadable
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import QUANTIZATION_KEYS, damaged
 from fettle.models.storage.modules import every_linear, input_obstacle
-from fettle.models.storage.standard import read_standard, standard_config, standard_obstacle
+from fettle.models.storage.standard import (
+    bfloat16_obstacle,
+    decompressed_while_loading,
+    read_standard,
+    standard_config,
+    standard_obstacle,
+)
 from fettle.tensors.scheme import Scheme
 
 REFUSAL = {
@@ -29,10 +37,13 @@ class StoredScheme:
     storage: str
 
 
-def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage: str) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], anatomy: Anatomy, storage: str, model_dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """The `quantization_config` for these linears (by name): the standard's where it can say it, else ours.
 
-    `storage` is the recipe's: `Scheme.storage_for` says what becomes of it for small floats.
+    `storage` is the recipe's: `Scheme.storage_for` says what becomes of it for small floats. `model_dtype` is the type
+    of the tensors that stay as they are, in which loaders run the model.
     """
     if not schemes:
         return {}
@@ -41,6 +52,8 @@ def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage
     obstacles = [standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items()]
     if len(distinct) > 1 and any(scheme.zero_point for scheme in distinct):
         obstacles.append("transformers cannot load several schemes when one of them has zero points")
+    if not decompressed_while_loading(distinct) and model_dtype != torch.bfloat16:
+        obstacles += [bfloat16_obstacle(linears[name], scheme, storage) for name, scheme in schemes.items()]
     obstacle = next(filter(None, obstacles), None)
     if obstacle is None:
         return standard_config(schemes, linears, anatomy, storage)

@@ -15,7 +15,7 @@ with the presets, and the tensors with the standard's own compressors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -73,6 +73,31 @@ def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage:
     return next((why for holds, why in obstacles if holds), None)
 
 
+def decompressed_while_loading(schemes: Sequence[Scheme]) -> bool:
+    """Whether the config may ask transformers to decompress while it loads.
+
+    Without it, transformers expects packed zero points in the shape of unpacked ones and stops, and a model saved in
+    bfloat16 but loaded in float32 is decompressed with other roundings. With it, it takes one group's scheme for every
+    linear, hence not with several (see `quantization_config`), and it leaves the inputs as they are.
+    """
+    return len(schemes) == 1 and schemes[0].activations is None
+
+
+def bfloat16_obstacle(linear: Linear, scheme: Scheme, storage: str) -> str | None:
+    """Why only a model in bfloat16 can have `scheme` where it is not decompressed while loading; None if any can.
+
+    compressed-tensors 0.20 then decompresses at the first product: to bfloat16 whatever the model's type is, and the
+    product refuses two types.
+    """
+    found = scheme.storage_for(linear.shape, storage)
+    if found not in OWN_SCALES:
+        return None
+    return (
+        f"transformers decompresses {found} ({linear.name}) to bfloat16 where inputs are quantized or schemes are "
+        "several, and the model has another type"
+    )
+
+
 def standard_config(
     schemes: Mapping[str, Scheme], linears: Mapping[str, Linear], anatomy: Anatomy, storage: str
 ) -> dict[str, Any]:
@@ -101,12 +126,7 @@ def standard_config(
         "ignore": _dense_modules(schemes, anatomy),
         "kv_cache_scheme": None,
     }
-    if len(groups) == 1 and next(iter(groups)).activations is None:
-        # transformers then decompresses while it loads. Without it, it expects packed zero points in the shape of
-        # unpacked
-        # ones and stops, and a model saved in bfloat16 but loaded in float32 is decompressed with other roundings. It
-        # takes one group's scheme for every linear, though, hence not with several (see `quantization_config`), and it
-        # leaves the inputs as they are.
+    if decompressed_while_loading(list(groups)):
         config["dequantize"] = True
     return config
 
