@@ -146,8 +146,8 @@ def test_generation_runs(tiny_llama: Path, text_file: Path, tmp_path: Path) -> N
     [
         ({"activations": "static", "activation_granularity": "token"}, "nobody has seen yet"),
         ({"activation_bits": 4}, "activations is none"),
-        ({"observer": "mse"}, "activations is none"),
-        ({"activations": "dynamic", "observer": "mse"}, "found on the spot"),
+        ({"observer": "minmax"}, "activations is none"),
+        ({"activations": "dynamic", "observer": "minmax"}, "found on the spot"),
         ({"activations": "dynamic", "activation_granularity": "channel"}, "allowed: token, tensor, none"),
         ({"activations": "weekly"}, "allowed: none, dynamic, static"),
     ],

@@ -56,7 +56,7 @@ class GridFields:
         default="uniform", metadata={"help": "integers, or float for e4m3: finer near zero, coarser far from it"}
     )
     observer: Observer = field(
-        default="percentile", metadata={"help": "how a static input scale is found on the calibration text"}
+        default="mse", metadata={"help": "how a static input scale is found on the calibration text"}
     )
     activation_asymmetric: bool = field(default=False, metadata={"help": "a zero point for the inputs, too"})
 
@@ -83,7 +83,7 @@ class GridFields:
                     f"{name} belongs to quantized inputs, and activations is none; set activations: dynamic or static, "
                     "or leave it out"
                 )
-        if self.activations == "dynamic" and self.observer != "percentile":
+        if self.activations == "dynamic" and self.observer != "mse":
             raise RecipeError(
                 f"observer={self.observer!r} finds a stored scale, and a dynamic one is found on the spot; set "
                 "activations: static, or leave it out"
