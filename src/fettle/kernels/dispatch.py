@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
 from fettle.errors import UsageError, unknown_word
-from fettle.kernels.reference import int_linear, packed_linear
+from fettle.kernels.reference import reference_linear
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.storages import Storage
 
 Linear = Callable[[Tensor, Mapping[str, Tensor], Scheme, Tensor | None], Tensor]
 
@@ -36,9 +38,11 @@ class Kernel:
     run: Linear
 
 
-KERNELS: tuple[Kernel, ...] = (  # the first that fits runs
-    Kernel(op="linear", format="pack-quantized", devices=(), name="reference (dequantize by tiles)", run=packed_linear),
-    Kernel(op="linear", format="int-quantized", devices=(), name="reference (dequantize by tiles)", run=int_linear),
+KERNELS: tuple[Kernel, ...] = tuple(  # the first that fits runs
+    Kernel(
+        op="linear", format=storage, devices=(), name="reference (dequantize by tiles)", run=reference_linear(storage)
+    )
+    for storage in get_args(Storage)
 )
 
 

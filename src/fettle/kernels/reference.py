@@ -25,39 +25,34 @@ from fettle.tensors.packing import unpack_bits
 from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_input_scale, stored_shared
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.storages import code_tensor, unpack_codes
 
 TILE_WEIGHTS = 1 << 22
 
 
-def packed_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
-    """Multiplies with a `pack-quantized` state; see `QuantizedTensor.to_state` for its tensors.
+def reference_linear(storage: str) -> Callable[[Tensor, Mapping[str, Tensor], Scheme, Tensor | None], Tensor]:
+    """The function that multiplies with a state in `storage`; see `QuantizedTensor.to_state` for its tensors."""
 
-    Args:
-        inputs: [..., in], any floating type.
-        state: weight_packed, weight_shape, weight_scale, and what else `Scheme.state_spec` lists.
-        scheme: what the state means.
-        bias: [out] or None.
+    def run(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
+        """Multiplies.
 
-    Returns:
-        [..., out] in the inputs' type.
-    """
-    packed, in_features = state["weight_packed"], inputs.shape[-1]
-    shape = (packed.shape[0], in_features)
+        Args:
+            inputs: [..., in], any floating type.
+            state: what `Scheme.state_spec` lists for this storage.
+            scheme: what the state means.
+            bias: [out] or None.
 
-    def rows_of(rows: slice) -> Tensor:
-        return unpack_bits(packed[rows], scheme.grid.bits, in_features)
+        Returns:
+            [..., out] in the inputs' type.
+        """
+        stored, in_features = state[code_tensor(storage)], inputs.shape[-1]
 
-    return _tiled(inputs, rows_of, shape, state, scheme, bias)
+        def rows_of(rows: slice) -> Tensor:
+            return unpack_codes(stored[rows], scheme.grid, storage, in_features)
 
+        return _tiled(inputs, rows_of, (stored.shape[0], in_features), state, scheme, bias)
 
-def int_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
-    """Multiplies with an `int-quantized` state: weight int8 [out, in]; otherwise as `packed_linear`."""
-    weight = state["weight"]
-
-    def rows_of(rows: slice) -> Tensor:
-        return (weight[rows].to(torch.int16) + 128).to(torch.uint8)
-
-    return _tiled(inputs, rows_of, (weight.shape[0], weight.shape[1]), state, scheme, bias)
+    return run
 
 
 def _tiled(
@@ -70,6 +65,7 @@ def _tiled(
 ) -> Tensor:
     found = stored_shared(state, scheme, scheme.scale_shape(shape))
     shared = Shared(scale=found.scale, zero_point=_zero_point(state, scheme, shape[0]), levels=found.levels)
+    shared = shared.over(state["weight_global_scale"] if scheme.has_tensor_scale else None)
     remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
     wide = inputs.float()
     if scheme.activations is not None:
@@ -78,8 +74,6 @@ def _tiled(
     outputs = []
     for rows in row_tiles(*shape, TILE_WEIGHTS):
         weight = dequantize_rows(codes_of(rows), shared.rows(rows, scheme), scheme).float()
-        if scheme.has_tensor_scale:
-            weight *= state["weight_tensor_scale"]
         if remainder is not None and not isinstance(remainder, FactoredTensor):
             remainder.add_to_(weight, rows)
         outputs.append(linear(wide, weight, None if bias is None else bias[rows].float()))

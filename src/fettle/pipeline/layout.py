@@ -76,7 +76,11 @@ class Layout:
     """All shards, in the order in which they are written."""
 
     units: tuple[Unit, ...]
-    storage: str
+    storage: str  # the recipe's; small floats have their own
+
+    def storage_of(self, item: Compression) -> str:
+        """How the codes of a compressed linear lie in the file."""
+        return item.scheme.storage_for(item.linear.shape, self.storage)
 
     @property
     def bytes(self) -> int:
@@ -105,7 +109,7 @@ def build_layout(
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
     for item in compressed.values():
-        item.scheme.check_storage(storage)
+        item.scheme.check_storage(item.scheme.storage_for(item.linear.shape, storage))
         obstacle = input_obstacle(item.linear) if item.scheme.activations is not None else None
         if obstacle:
             raise RecipeError(f"inputs cannot be quantized: {obstacle}; leave it out with where:, or activations: none")
@@ -125,7 +129,8 @@ def build_layout(
         kept = tuple(name for name in names if name not in compressed)
         specs: dict[str, TensorSpec] = {n: (checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in kept}
         for item in chosen:
-            for local, spec in item.scheme.state_spec(item.linear.shape, storage).items():
+            chosen_storage = item.scheme.storage_for(item.linear.shape, storage)
+            for local, spec in item.scheme.state_spec(item.linear.shape, chosen_storage).items():
                 specs[f"{item.linear.name}.{local}"] = spec
         shard = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
         units.append(

@@ -100,7 +100,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
         scheme=item.scheme.describe(),
         error=error,
         objective="weight_error" if gram is None else "output_error",
-        bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage),
+        bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage_of(item)),
         seconds=time.monotonic() - started,
         note="; ".join(filter(None, [seen.note if seen is not None else "", _sharing_note(item, job)])),
     )
@@ -115,7 +115,7 @@ def _sharing_note(item: Compression, job: Job) -> str:
     weights, base_bits = math.prod(shape), 8 * job.checkpoint.dtype.itemsize
     tables = math.prod(scheme.scale_shape(shape))
     formula = weight_sharing_ratio(weights / tables, scheme.grid.level_count, base_bits)
-    stored = base_bits / scheme.bits_per_weight(shape, job.layout.storage)
+    stored = base_bits / scheme.bits_per_weight(shape, job.layout.storage_of(item))
     return (
         f"{scheme.grid.level_count} shared values: n·b / (n·log2 k + k·b) = {formula:.3f}, in stored bytes {stored:.3f}"
     )

@@ -99,7 +99,8 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
             unit.compressed,
         )
     for outcome in outcomes:
-        for local, tensor in outcome.quantized.to_state(job.layout.storage).items():
+        storage = outcome.quantized.scheme.storage_for(outcome.quantized.shape, job.layout.storage)
+        for local, tensor in outcome.quantized.to_state(storage).items():
             tensors[f"{outcome.line.linear}.{local}"] = tensor
     return tensors, [outcome.line for outcome in outcomes]
 

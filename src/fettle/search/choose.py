@@ -123,7 +123,7 @@ def _problem(probe: Run, budget: Budget, candidates: tuple[Candidate, ...]) -> P
     else:
         assert budget.size_bytes is not None
         beside = probe.layout.bytes - sum(
-            x.scheme.stored_bytes(x.linear.shape, STORAGE) for x in probe.layout.compressions
+            x.scheme.stored_bytes(x.linear.shape, probe.layout.storage_of(x)) for x in probe.layout.compressions
         )
         limit = budget.size_bytes - beside
         needed = f"{least + beside:,} bytes, {beside:,} of them for what stays as it is"

@@ -70,7 +70,8 @@ class Problem:
         )
 
     def _bytes(self, linear: Linear, candidate: Candidate) -> int:
-        return candidate.scheme.stored_bytes(linear.shape, self.storage)
+        scheme = candidate.scheme
+        return scheme.stored_bytes(linear.shape, scheme.storage_for(linear.shape, self.storage))
 
 
 def grouped(anatomy: Anatomy, linears: Sequence[Linear], fused: str) -> tuple[tuple[Linear, ...], ...]:

@@ -104,8 +104,7 @@ class SoftCodes:
     def values(self) -> Tensor:
         """The weight that these codes stand for, float32 [out, in], exactly as a file's reader computes it."""
         shared = self.shared
-        values = dequantize_rows(self._codes(shared), shared, self.scheme).float()
-        return values if self._unit is None else values * self._unit
+        return dequantize_rows(self._codes(shared), shared.over(self._unit), self.scheme).float()
 
     def _codes(self, shared: Shared) -> Tensor:
         # The latent is in units of the scale, so that a moving scale alone changes no code.
