@@ -31,8 +31,9 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.config_file import QUANTIZATION_KEYS, damaged
 from fettle.tensors.activations import Activations, InputQuantizer
 from fettle.tensors.grid import uniform
-from fettle.tensors.quantized import QuantizedTensor, stored_input_scale
+from fettle.tensors.quantized import stored_input_scale
 from fettle.tensors.scheme import Scheme, Storage
+from fettle.tensors.weights import CompressedWeight, WeightScheme, scheme_from_dict, weight_from_state
 
 STORAGES = get_args(Storage)
 _REFUSAL = {
@@ -53,25 +54,26 @@ _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.flo
 class StoredScheme:
     """How one matrix lies on disk: its scheme, and the layout of its codes ("pack-quantized" or "int-quantized")."""
 
-    scheme: Scheme
+    scheme: WeightScheme
     storage: str
 
 
 # ---- writing
 
 
-def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage: str) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], anatomy: Anatomy, storage: str) -> dict[str, Any]:
     """The `quantization_config` for these linears (by name): the standard's where it can say it, else ours."""
     if not schemes:
         return {}
     linears = {linear.name: linear for linear in _every_linear(anatomy)}
     distinct = list(dict.fromkeys(schemes.values()))
     obstacles = [standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items()]
-    if len(distinct) > 1 and any(scheme.zero_point for scheme in distinct):
+    scalar = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, Scheme)}
+    if len(distinct) > 1 and any(scheme.zero_point for scheme in scalar.values()):
         obstacles.append("transformers cannot load several schemes when one of them has zero points")
     obstacle = next(filter(None, obstacles), None)
     if obstacle is None:
-        return _standard_config(schemes, linears, anatomy, storage)
+        return _standard_config(scalar, linears, anatomy, storage)
     return {
         "quant_method": "fettle",
         "version": 1,
@@ -83,8 +85,10 @@ def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage
     }
 
 
-def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage: str) -> str | None:
+def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, storage: str) -> str | None:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
+    if not isinstance(scheme, Scheme):
+        return f"a code of {linear.name} stands for eight weights at once"
     name, columns, group = linear.name, linear.shape[1], scheme.group_size or 1
     no_module = linear.slot.transposed or linear.slot.index is not None or linear.role in ("router", "embedding")
     beside = "" if scheme.remainder is None else scheme.remainder.describe()
@@ -255,7 +259,7 @@ def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
 
 
 def _read_own(config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:
-    schemes = dict(enumerate(Scheme.from_dict(fields) for fields in config["schemes"]))
+    schemes = dict(enumerate(scheme_from_dict(fields) for fields in config["schemes"]))
     storage, numbers = config["storage"], config["linears"]
     found = {}
     for linear in coded:
@@ -338,31 +342,23 @@ def _match_rank(target: str, names: set[str]) -> int | None:
     return 2 if target in _CLASSES else None
 
 
-def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> QuantizedTensor:
+def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> CompressedWeight:
     """The codes, scales and zero points of `linear`; raises `NonFiniteError` for a scale that is NaN or infinite."""
     stem = linear.weight_name.removesuffix(".weight")
     names = (*_CODE_NAMES, "weight") if stored.storage == "int-quantized" else _CODE_NAMES
     state = {name: checkpoint.read(f"{stem}.{name}") for name in names if f"{stem}.{name}" in checkpoint.entries}
-    needed = {"weight" if stored.storage == "int-quantized" else "weight_packed"}
-    needed.add("weight_levels" if stored.scheme.grid.is_learned else "weight_scale")
-    if stored.scheme.zero_point:
-        needed.add("weight_zero_point")
-    if stored.scheme.has_tensor_scale:
-        needed.add("weight_tensor_scale")
-    beside = stored.scheme.remainder_spec(linear.shape)
-    needed.update(beside)
-    needed |= _input_names(stored.scheme)
+    spec = stored.scheme.state_spec(linear.shape, stored.storage)
+    needed = set(spec) - {"weight_shape"}
     missing = sorted(needed - set(state))
     if missing:
         raise CheckpointError(
             f"{linear.name} is stored as codes, but tensors {[f'{stem}.{n}' for n in missing]} are missing."
         )
-    remainders = (name for name, (dtype, _) in beside.items() if dtype.is_floating_point)
-    for name in ("weight_scale", "weight_levels", "weight_tensor_scale", "input_scale", *remainders):
-        if name in needed:
+    for name, (dtype, _) in spec.items():
+        if dtype.is_floating_point:
             check_finite(f"{stem}.{name}", state[name])
     try:
-        quantized = QuantizedTensor.from_state(state, stored.scheme, stored.storage)
+        quantized = weight_from_state(state, stored.scheme, stored.storage)
     except CheckpointError as error:
         raise CheckpointError(f"{linear.name} in {checkpoint.folder}: {error}") from error
     if quantized.shape != linear.shape:
@@ -372,7 +368,7 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
     return quantized
 
 
-def _input_names(scheme: Scheme) -> set[str]:
+def _input_names(scheme: WeightScheme) -> set[str]:
     """The stored tensors that say how inputs are quantized."""
     return {name for name in scheme.state_spec((1, 1)) if name.startswith("input_")}
 
@@ -382,6 +378,7 @@ def read_input_quantizer(checkpoint: Checkpoint, linear: Linear, stored: StoredS
     if stored is None or stored.scheme.activations is None:
         return None
     stem = linear.weight_name.removesuffix(".weight")
+    assert isinstance(stored.scheme, Scheme)  # no other quantizes inputs
     state = {name: checkpoint.read(f"{stem}.{name}") for name in _input_names(stored.scheme)}
     return InputQuantizer(activations=stored.scheme.activations, fixed=stored_input_scale(state, stored.scheme))
 

@@ -74,7 +74,7 @@ class LearnedRounding(GridFields):
         """The start's codes for weight [out, in]: what `tune` then improves."""
         return self._start().compress(weight, statistics, dtype=dtype)
 
-    def tuner(self) -> Tuner:
+    def tuner(self) -> Tuner[QuantizedTensor]:
         """The learning, with this instance's options."""
         return RoundingTuner(
             steps=self.steps,
