@@ -38,7 +38,7 @@ def vector_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: VectorSch
     for rows in row_tiles(*shape, TILE_WEIGHTS):
         tile = VectorTensor(
             codes=unpacked(stored[rows], scheme),
-            scale=scale if scheme.granularity == "tensor" else scale[rows],
+            scale=scale[rows],
             shape=(len(stored[rows]), shape[1]),
             scheme=scheme,
             tensor_scale=state.get("weight_tensor_scale"),

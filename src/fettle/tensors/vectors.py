@@ -12,7 +12,7 @@ Stored (`storage` pack-quantized; no other program reads it):
 
     weight_packed  uint8 [out, ⌈in/8⌉ · bits]    the first stage's bytes of eight weights, low byte first, the second's
     weight_shape   int64 [2]
-    weight_scale   [out, groups]; with one for the whole tensor [1]; float8_e4m3fn with weight_tensor_scale float32 [1]
+    weight_scale   [out, groups]; of float8_e4m3fn beside weight_tensor_scale float32 [1], which multiplies them
 
 The last code of a row may reach beyond it; what it says there is nobody's weight.
 """
@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from fettle.errors import CheckpointError, RecipeError, unknown_word
 from fettle.tensors.codebook import DIMENSION, Codebook, e8_roots, e8p
 from fettle.tensors.quantized import check_state, expand_groups, row_tiles
 from fettle.tensors.remainder import TensorSpec
-from fettle.tensors.scheme import SCALE_DTYPES, Granularity
+from fettle.tensors.scheme import SCALE_DTYPES
 
 STORAGE = "pack-quantized"
 WIDTHS = (1, 2, 3, 4)
@@ -45,15 +45,13 @@ class VectorScheme:
 
     Attributes:
         bits: of a code by its eight weights.
-        granularity: what shares a scale, as in `Scheme`.
-        group_size: columns a group, a multiple of eight, with "group" only.
+        group_size: columns that share a scale, a multiple of eight; None for one scale a row.
         scale_dtype: a key of `SCALE_DTYPES`, but powers of two.
     """
 
     kind: ClassVar[str] = "vector"
 
     bits: int
-    granularity: Granularity
     group_size: int | None = None
     scale_dtype: str = "float32"
 
@@ -100,19 +98,15 @@ class VectorScheme:
         """
         if isinstance(self.bits, bool) or self.bits not in WIDTHS:
             raise RecipeError(f"bits={self.bits!r} cannot be with vector codes; allowed: 1, 2, 3, 4. Try bits: 2")
-        if self.granularity not in get_args(Granularity):
-            raise RecipeError(unknown_word("granularity", str(self.granularity), get_args(Granularity)))
         if self.scale_dtype not in SCALE_DTYPES or self.scale_dtype == "float8_e8m0fnu":
             allowed = [name for name in SCALE_DTYPES if name != "float8_e8m0fnu"]
             raise RecipeError(unknown_word("scale_dtype of vector codes", str(self.scale_dtype), allowed))
         size = self.group_size
-        grouped = self.granularity == "group"
-        fits = isinstance(size, int) and not isinstance(size, bool) and size >= DIMENSION and size % DIMENSION == 0
-        if grouped != (size is not None) or (grouped and not fits):
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= DIMENSION and size % DIMENSION == 0
+        if size is not None and not whole:
             raise RecipeError(
-                f"group_size={size!r} cannot be with vector codes by {self.granularity}: a code stands for {DIMENSION} "
-                f"neighbours, which share a scale; allowed: multiples of {DIMENSION} for groups, none for one scale a "
-                "row. Try none"
+                f"group_size={size!r} cannot be with vector codes: {DIMENSION} neighbours have one code and share a "
+                f"scale; allowed: multiples of {DIMENSION}, or none for one scale a row. Try none"
             )
 
     def vector_count(self, in_features: int) -> int:
@@ -124,8 +118,8 @@ class VectorScheme:
         return math.ceil(in_features / self.group_size) if self.group_size is not None else 1
 
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """The shape of `VectorTensor.scale`: [out, groups], or [1, 1] for the whole tensor."""
-        return (1, 1) if self.granularity == "tensor" else (shape[0], self.group_count(shape[1]))
+        """The shape of `VectorTensor.scale`: [out, groups]."""
+        return (shape[0], self.group_count(shape[1]))
 
     def state_spec(self, shape: tuple[int, int], storage: str = STORAGE) -> dict[str, TensorSpec]:
         """Name, type and shape of every stored tensor of a weight [out, in].
@@ -134,11 +128,10 @@ class VectorScheme:
             RecipeError: the storage cannot hold vector codes.
         """
         self.check_storage(storage)
-        scale = self.scale_shape(shape)
         spec: dict[str, TensorSpec] = {
             "weight_packed": (torch.uint8, (shape[0], self.vector_count(shape[1]) * self.bits)),
             "weight_shape": (torch.int64, (2,)),
-            "weight_scale": (self.torch_scale_dtype, (1,) if self.granularity == "tensor" else scale),
+            "weight_scale": (self.torch_scale_dtype, self.scale_shape(shape)),
         }
         return spec | ({"weight_tensor_scale": (torch.float32, (1,))} if self.has_tensor_scale else {})
 
@@ -165,7 +158,6 @@ class VectorScheme:
         return {
             "kind": self.kind,
             "bits": self.bits,
-            "granularity": self.granularity,
             "group_size": self.group_size,
             "scale_dtype": self.scale_dtype,
         }
@@ -183,7 +175,6 @@ class VectorScheme:
                 raise RecipeError(unknown_word("key of a scheme of vector codes", str(key), known))
         scheme = cls(
             bits=cast(int, mapping.get("bits")),
-            granularity=cast(Granularity, mapping.get("granularity")),
             group_size=mapping.get("group_size"),
             scale_dtype=str(mapping.get("scale_dtype", "float32")),
         )
@@ -192,7 +183,7 @@ class VectorScheme:
 
     def describe(self) -> str:
         """For people: "E8 codes 2 bits, a scale a channel, bfloat16 scale"."""
-        shared = f"group {self.group_size}" if self.granularity == "group" else f"a scale a {self.granularity}"
+        shared = f"group {self.group_size}" if self.group_size is not None else "a scale a channel"
         tensor = " and a tensor scale" if self.has_tensor_scale else ""
         return f"E8 codes {self.bits} bits, {shared}, {self.scale_dtype} scale{tensor}"
 
@@ -234,7 +225,7 @@ class VectorTensor:
 
     def dequantize_tile(self, rows: slice) -> Tensor:
         """The values of some rows, float32 [rows, in]."""
-        scale = self.scale if self.scheme.granularity == "tensor" else self.scale[rows]
+        scale = self.scale[rows]
         if self.tensor_scale is not None:
             scale = scale * self.tensor_scale
         return scaled(units_of(self.codes[rows], self.scheme), scale, self.scheme)[:, : self.shape[1]]
@@ -258,7 +249,7 @@ class VectorTensor:
         state = {
             "weight_packed": torch.stack(bytes_, dim=-1).to(torch.uint8).flatten(1),
             "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
-            "weight_scale": scale.reshape(-1) if self.scheme.granularity == "tensor" else scale.contiguous(),
+            "weight_scale": scale.contiguous(),
         }
         return state if self.tensor_scale is None else state | {"weight_tensor_scale": self.tensor_scale}
 
@@ -305,5 +296,5 @@ def units_of(codes: Tensor, scheme: VectorScheme) -> Tensor:
 
 
 def scaled(units: Tensor, scale: Tensor, scheme: VectorScheme) -> Tensor:
-    """Units [rows, columns] times their group's scale [rows or 1, groups]."""
+    """Units [rows, columns] times their group's scale [rows, groups]."""
     return units * expand_groups(scale, units.shape[1], scheme.group_size or units.shape[1])

@@ -6,9 +6,9 @@ the outputs of a row is Σ_b ‖(t_b - v_b)·L_bb‖², where
     t_b = w_b + Σ_{j > b} (w_j - v_j) · L_jb · L_bb⁻¹
 
 is what eight columns should be once the others have made up for what is missing. That is LDLQ of QuIP#
-(Tseng et al. 2024, algorithm 4, https://arxiv.org/abs/2402.04396). Theirs takes the entry nearest to t_b; ours the one with
-the least ‖(t_b - v_b)·L_bb‖², the error itself (`vector_search.py`), which needs no gram that a rotation has made
-alike in all directions.
+(Tseng et al. 2024, algorithm 4, https://arxiv.org/abs/2402.04396). Theirs takes the entry nearest to t_b;
+ours the one with the least ‖(t_b - v_b)·L_bb‖², the error itself (`vector_search.py`), which needs no gram that a
+rotation has made alike in all directions.
 
 `refine` then goes over everything again: eight columns at a time the best code given all others (with the metric of
 H_bb; coordinate descent, as the beam search of AQLM, Egiazarian et al. 2024, with a beam of one), and each scale by
@@ -75,18 +75,21 @@ class StoredScales:
         unit: float32 [1], the tensor scale; None without.
     """
 
-    def __init__(self, largest: Tensor, scheme: VectorScheme) -> None:
-        """`largest`: about how large a scale may get, a scalar."""
-        self._dtype = scheme.torch_scale_dtype
-        self._name = scheme.scale_dtype
+    def __init__(self, scheme: VectorScheme, unit: Tensor | None) -> None:
+        self.unit, self._name, self._dtype = unit, scheme.scale_dtype, scheme.torch_scale_dtype
         limits = torch.finfo(self._dtype)
         small = self._dtype in (torch.float16, torch.float8_e4m3fn)  # they live on their subnormals
         self._smallest = limits.smallest_normal * (limits.eps if small else 1.0)
-        self.unit: Tensor | None = None
-        if scheme.has_tensor_scale:
-            unit = largest / limits.max
-            self.unit = torch.where(unit > 0, unit, torch.ones_like(unit)).reshape(1).float()
-            self._top = limits.max
+        self._top = limits.max
+
+    @classmethod
+    def up_to(cls, largest: Tensor, scheme: VectorScheme) -> StoredScales:
+        """With a tensor scale, where the scheme has one, that lets small ones be as large as `largest`, a scalar."""
+        if not scheme.has_tensor_scale:
+            return cls(scheme, None)
+        unit = largest.float() / torch.finfo(scheme.torch_scale_dtype).max
+        tiny = torch.finfo(torch.float32).smallest_normal
+        return cls(scheme, unit.clamp(min=tiny).reshape(1))
 
     def stored(self, wanted: Tensor) -> Tensor:
         """The scales of the file, as float32 and without the unit.
@@ -114,15 +117,14 @@ def filled_up(weight: Tensor) -> Tensor:
     return pad(weight.float(), (0, -weight.shape[1] % DIMENSION))
 
 
-def sweep(weight: Tensor, scale: Tensor, factor: VectorFactor, scheme: VectorScheme) -> tuple[Tensor, Tensor]:
-    """Codes int32 [out, eights, stages] of a filled weight with given scales, and the error of each row [out]."""
+def sweep(weight: Tensor, scale: Tensor, factor: VectorFactor, scheme: VectorScheme) -> Tensor:
+    """Codes int32 [out, eights, stages] of a filled weight with given scales."""
     rows = len(weight)
     eights = len(factor.order)
     expanded = scaled(torch.ones_like(weight), scale, scheme).view(rows, eights, DIMENSION)
     arranged = weight.view(rows, eights, DIMENSION)[:, factor.order]
     errors = torch.zeros_like(arranged)
     codes = torch.empty(rows, eights, len(scheme.stages), dtype=torch.int32)
-    cost = torch.zeros(rows)
     for place in range(eights - 1, -1, -1):
         eight = factor.order[place]
         span = slice(place * DIMENSION, (place + 1) * DIMENSION)
@@ -130,11 +132,9 @@ def sweep(weight: Tensor, scale: Tensor, factor: VectorFactor, scheme: VectorSch
         target = arranged[:, place] + pulled
         search = EntrySearch(factor.metrics[place], scheme)
         chosen, units = search.nearest(target / expanded[:, eight])
-        value = units * expanded[:, eight]
         codes[:, eight] = chosen
-        errors[:, place] = arranged[:, place] - value
-        cost += search.cost(target - value)
-    return codes, cost
+        errors[:, place] = arranged[:, place] - units * expanded[:, eight]
+    return codes
 
 
 class Refinement:
@@ -154,8 +154,6 @@ class Refinement:
 
     def refit_scales_(self) -> bool:
         """Each scale by least squares, the others as they are; whether any changed."""
-        if self.scheme.granularity == "tensor":
-            return False
         width = self.scheme.group_size or self.weight.shape[1]
         errors, changed = self.errors(), False
         for group in range(self.scale.shape[1]):
