@@ -42,7 +42,7 @@ def test_roots_are_the_240_shortest_points_and_axes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "scale", "left"), [(1, 1.9, 0.40), (2, 0.97, 0.095), (3, 0.97, 0.034), (4, 0.97, 0.010)]
+    ("bits", "scale", "left"), [(1, 1.7, 0.33), (2, 0.97, 0.095), (3, 1.0, 0.0305), (4, 1.1, 0.0094)]
 )
 def test_little_is_left_of_normal_weights(bits: int, scale: float, left: float) -> None:
     """Of a normal weight's variance the best scalar levels leave 0.363, 0.1175, 0.0345 and 0.0095 (Max 1960)."""

@@ -49,7 +49,8 @@ from fettle.methods.quantize.vector_sweep import (
 from fettle.tensors.scheme import SCALE_DTYPES
 from fettle.tensors.vectors import VectorScheme, VectorTensor
 
-SPREAD = 1.1  # of the weights over that of the entries: what a normal weight loses least with, and a little feedback
+# Spread of the weights over that of the entries, by bits: where a normal weight loses least, and a little for feedback.
+SPREAD = {1: 0.9, 2: 1.1, 3: 1.1, 4: 1.2}
 HEADROOM = 2.0  # by how much a scale of eight bits can grow over its start
 
 
@@ -108,7 +109,6 @@ class ResidualCodebooks:
     scale_rate: float = field(
         default=0.001, metadata={"help": "relative change of a scale in the first step", "minimum": 0.0, "maximum": 0.1}
     )
-    seed: int = field(default=0, metadata={"help": "of the windows that a step looks at", "minimum": 0})
 
     def needs(self) -> tuple[str, ...]:
         """The gram; the drift where it is corrected."""
@@ -147,37 +147,27 @@ class ResidualCodebooks:
 
     def tuner(self) -> Tuner[VectorTensor]:
         """What improves the codes of a block."""
-        return VectorTuner(
+        options = RoundingTuner(
             steps=self.steps,
             batch_windows=self.batch_windows,
             rounding_rate=self.code_rate,
             scale_rate=self.scale_rate,
-            seed=self.seed,
         )
+        return VectorTuner(options=options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorTuner:
-    """Learned rounding's steps on vector codes; fields as in `ResidualCodebooks`."""
+    """Learned rounding's steps on vector codes."""
 
-    steps: int
-    batch_windows: int
-    rounding_rate: float
-    scale_rate: float
-    seed: int
+    options: RoundingTuner
 
     def tune(
         self, start: Mapping[str, VectorTensor], weights: Mapping[str, Tensor], block: BlockView
     ) -> dict[str, VectorTensor]:
         """Codes and scales with no larger error than the start's on the windows held back; pure."""
-        options = RoundingTuner(
-            steps=self.steps,
-            batch_windows=self.batch_windows,
-            rounding_rate=self.rounding_rate,
-            scale_rate=self.scale_rate,
-            seed=self.seed,
-        )
-        return learned(start, {name: SoftVectors(start[name], weights[name]) for name in start}, block, options)
+        soft = {name: SoftVectors(start[name], weights[name]) for name in start}
+        return learned(start, soft, block, self.options)
 
 
 def vector_codes(weight: Tensor, factor: VectorFactor, scheme: VectorScheme, *, passes: int) -> VectorTensor:
@@ -190,7 +180,7 @@ def vector_codes(weight: Tensor, factor: VectorFactor, scheme: VectorScheme, *, 
     width = scheme.group_size or filled.shape[1]
     groups = torch.split(filled, width, dim=1)
     spread = torch.stack([group.square().mean(1).sqrt() for group in groups], dim=1)
-    start = SPREAD * spread / scheme.stages[0].energy ** 0.5
+    start = SPREAD[scheme.bits] * spread / scheme.stages[0].energy ** 0.5
     scales = StoredScales.up_to(HEADROOM * start.max(), scheme)
     scale = scales.rounded(start)
     tile = Refinement(filled, sweep(filled, scale, factor, scheme), scale, factor, scheme, scales)
