@@ -122,6 +122,7 @@ def test_damage_is_named(written: Path, tmp_path: Path, tensor: str) -> None:
         fettle.load(folder)
 
 
+@pytest.mark.exhaustive
 def test_a_budget_may_choose_among_them(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     made = fettle.compress(
         tiny_llama,
