@@ -112,8 +112,8 @@ class Tuner(Protocol[Codes]):
 class BlockMethod(Protocol):
     """A MatrixMethod whose codes a tuner improves once all linears of the block have some."""
 
-    def tuner(self) -> Tuner[Any]:
-        """The tuner with this method's options."""
+    def tuner(self) -> Tuner[Any] | None:
+        """The tuner with this method's options; None where they turn it off."""
         ...
 
 

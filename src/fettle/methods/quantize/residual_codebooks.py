@@ -13,8 +13,9 @@ leave 0.09 of a normal weight's variance at 2 bits (scalar levels 0.118), and ne
   code by the error itself, where QuIP# takes the nearest entry in a space that a random rotation has made alike in
   all directions. Rotated models can be given all the same: nothing here looks at where a weight came from.
 - Passes of coordinate descent over codes, and least squares for scales, follow; none raises the error.
-- A tuner then improves the codes and scales of a whole block by the gradient of what it gives out, as both papers do
-  (`learned_rounding.py` has the steps, `soft_vectors.py` the codes that move).
+- A tuner can then move the codes and scales of a whole block by the gradient of what it gives out, as both papers do
+  (`learned_rounding.py` has the steps, `soft_vectors.py` the codes that move). It is off by default: on the embedded model
+  it cost as long again and gained nothing (`docs/results.md`).
 - Inputs that earlier blocks have moved are corrected as in `gptq.py`.
 
 Cost: a pass is 32,768 · 8 multiply-adds for eight weights and 16 bits of code, about 6 µs a weight on one core; twice
@@ -99,7 +100,12 @@ class ResidualCodebooks:
         },
     )
     steps: int = field(
-        default=200, metadata={"help": "gradient steps a block; 0 for none", "minimum": 0, "maximum": 100_000}
+        default=0,
+        metadata={
+            "help": "gradient steps a block; 0 for none, as they measured no gain yet",
+            "minimum": 0,
+            "maximum": 100_000,
+        },
     )
     batch_windows: int = field(default=8, metadata={"help": "windows a step", "minimum": 1})
     code_rate: float = field(
@@ -145,8 +151,10 @@ class ResidualCodebooks:
         eights = factorize_eights(gram, factor.damping)
         return vector_codes(weight, eights, self.scheme(dtype), passes=self.refine_passes)
 
-    def tuner(self) -> Tuner[VectorTensor]:
-        """What improves the codes of a block."""
+    def tuner(self) -> Tuner[VectorTensor] | None:
+        """What improves the codes of a block; None without steps."""
+        if self.steps == 0:
+            return None
         options = RoundingTuner(
             steps=self.steps,
             batch_windows=self.batch_windows,
