@@ -14,8 +14,8 @@ leave 0.09 of a normal weight's variance at 2 bits (scalar levels 0.118), and ne
   all directions. Rotated models can be given all the same: nothing here looks at where a weight came from.
 - Passes of coordinate descent over codes, and least squares for scales, follow; none raises the error.
 - A tuner can then move the codes and scales of a whole block by the gradient of what it gives out, as both papers do
-  (`learned_rounding.py` has the steps, `soft_vectors.py` the codes that move). It is off by default: on the embedded model
-  it cost as long again and gained nothing (`docs/results.md`).
+  (`learned_rounding.py` has the steps, `soft_vectors.py` the codes that move). It is off by default: on the embedded
+  model it cost as long again and gained nothing (`docs/results.md`).
 - Inputs that earlier blocks have moved are corrected as in `gptq.py`.
 
 Cost: a pass is 32,768 · 8 multiply-adds for eight weights and 16 bits of code, about 6 µs a weight on one core; twice
