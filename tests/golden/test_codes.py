@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fettle.methods.registry import METHODS, from_fields
+from fettle.tensors import QuantizedTensor
+from fettle.tensors.vectors import VectorTensor
 
 # 3 rows of 10 weights in sixteenths, and inputs of small integers: exact in every type, the same on every machine.
 WEIGHT = torch.tensor(
@@ -37,11 +39,26 @@ def inputs() -> dict[str, Tensor]:
     return {"gram": (INPUTS.T @ INPUTS).float(), "drift": torch.zeros(10, 10)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+# ten weights a row are two codes; the second reaches beyond the row
+GOLDEN_VECTORS: dict[str, list[list[list[int]]]] = {
+    "residual_codebooks": [[[9580, 110], [25135, 104]], [[31817, 190], [44783, 122]], [[5014, 85], [51775, 216]]]
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_VECTORS)
+def test_vector_codes_are_pinned(name: str) -> None:
+    method = from_fields(name, {"bits": 3, "scale_dtype": "float16"})
+    found = method.compress(WEIGHT, {kind: inputs()[kind] for kind in method.statistics}, dtype="float32")
+    assert isinstance(found, VectorTensor)
+    assert found.codes.tolist() == GOLDEN_VECTORS[name]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - GOLDEN_VECTORS.keys()))
 def test_codes_are_pinned(name: str) -> None:
     assert name in GOLDEN, f"pin the codes of {name} here"
     method = from_fields(
         name, {"bits": 3, "group_size": 4, "asymmetric": True, "scale_dtype": "float32"} | FIELDS.get(name, {})
     )
     found = method.compress(WEIGHT, {kind: inputs()[kind] for kind in method.statistics}, dtype="float32")
+    assert isinstance(found, QuantizedTensor)
     assert ["".join(map(str, row)) for row in found.codes.tolist()] == GOLDEN[name]

@@ -17,7 +17,7 @@ import yaml
 from fettle.errors import RecipeError
 from fettle.methods import registry
 from fettle.methods.protocols import MatrixMethod
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import WeightScheme
 
 DIAGNOSED_BITS = (2, 3, 4, 8)
 
@@ -28,7 +28,7 @@ class Candidate:
 
     label: str
     method: MatrixMethod
-    scheme: Scheme
+    scheme: WeightScheme
 
     def to_json(self) -> dict[str, Any]:
         """Label, method, fields and scheme as plain data."""

@@ -13,14 +13,15 @@ a pure function on tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from fettle.tensors.activations import InputScale
 from fettle.tensors.orthogonal import Orthogonal
-from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight, WeightScheme
+
+Codes = TypeVar("Codes", bound=CompressedWeight)
 
 
 class MatrixMethod(Protocol):
@@ -50,11 +51,11 @@ class MatrixMethod(Protocol):
         """Checks what the fields' own types and bounds cannot say; RecipeError where they do not fit together."""
         ...
 
-    def scheme(self, dtype: str) -> Scheme:
+    def scheme(self, dtype: str) -> WeightScheme:
         """How the result is stored; `dtype` is the model's own ("bfloat16"), for fields left to "auto"."""
         ...
 
-    def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
+    def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> CompressedWeight:
         """Compresses weight [out, in]; touches neither it nor the statistics.
 
         Raises:
@@ -93,12 +94,12 @@ class BlockView(Protocol):
         ...
 
 
-class Tuner(Protocol):
-    """Improves the codes of several linears of one block together. Frozen, so that equal ones work on one set."""
+class Tuner(Protocol[Codes]):
+    """Improves the codes of several linears of one block together; it is given those of its own method. Frozen, so that
+    equal ones work on one set.
+    """
 
-    def tune(
-        self, start: Mapping[str, QuantizedTensor], weights: Mapping[str, Tensor], block: BlockView
-    ) -> dict[str, QuantizedTensor]:
+    def tune(self, start: Mapping[str, Codes], weights: Mapping[str, Tensor], block: BlockView) -> dict[str, Codes]:
         """Codes for the same linears in the same schemes, with no larger error on the windows held back.
 
         Args:
@@ -113,8 +114,8 @@ class Tuner(Protocol):
 class BlockMethod(Protocol):
     """A MatrixMethod whose codes a tuner improves once all linears of the block have some."""
 
-    def tuner(self) -> Tuner:
-        """The tuner with this method's options."""
+    def tuner(self) -> Tuner[Any] | None:
+        """The tuner with this method's options; None where they turn it off."""
         ...
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fettle.errors import RecipeError
 from fettle.methods.protocols import BlockMethod, MatrixMethod, Rescaler, RescalingMethod, Tuner
@@ -18,7 +19,7 @@ from fettle.models.checkpoint import Checkpoint
 from fettle.models.storage import input_obstacle
 from fettle.models.writer import shard_bytes
 from fettle.tensors.remainder import TensorSpec
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import WeightScheme
 
 LARGE_TENSOR_BYTES = 64 * 2**20
 METADATA = {"format": "pt"}  # loaders ask for it
@@ -30,7 +31,7 @@ class Compression:
 
     linear: Linear
     method: MatrixMethod
-    scheme: Scheme
+    scheme: WeightScheme
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -39,7 +40,7 @@ class Compression:
         return (*wanted, "input_range") if self.scheme.has_input_scale else wanted
 
     @property
-    def tuner(self) -> Tuner | None:
+    def tuner(self) -> Tuner[Any] | None:
         """What improves the codes of a whole block afterwards; None for most methods, and outside the blocks."""
         if self.linear.block is None or not isinstance(self.method, BlockMethod):
             return None

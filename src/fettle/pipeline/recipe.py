@@ -32,6 +32,7 @@ from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
 from fettle.methods.protocols import BasisMethod, MatrixMethod
 from fettle.models.anatomy import Anatomy, Linear
+from fettle.tensors.scheme import Scheme
 
 Storage = Literal["pack-quantized", "int-quantized"]
 NAMED_ONLY = frozenset({"embedding", "head", "router"})  # roles that a step must name to touch them
@@ -193,7 +194,7 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
 def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: CalibrationOptions | None = None) -> Recipe:
     """The one-line form: one method for every linear of the blocks."""
     method = registry.from_fields(name, fields)
-    title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
+    title = f"{method.name}-{method.scheme('float32').bits}bit"
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
 
@@ -208,7 +209,9 @@ def with_basis(recipe: Recipe, basis: BasisMethod) -> Recipe:
 def _usual_storage(method: MatrixMethod) -> Storage:
     """Integers to multiply with integers lie unpacked, as loaders of quantized inputs expect them."""
     scheme = method.scheme("float32")
-    whole = scheme.activations is not None and scheme.grid.is_uniform and scheme.grid.bits == 8
+    whole = (
+        scheme.activations is not None and isinstance(scheme, Scheme) and scheme.grid.is_uniform and scheme.bits == 8
+    )
     return "int-quantized" if whole else "pack-quantized"
 
 

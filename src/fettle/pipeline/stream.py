@@ -34,6 +34,8 @@ from fettle.pipeline.journal import LedgerLine
 from fettle.pipeline.layout import Compression, Layout, Unit
 from fettle.tensors.levels import weight_sharing_ratio
 from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight
 from fettle.workers import Workers
 
 
@@ -74,7 +76,7 @@ class Seen:
 class Outcome:
     """What compressing one linear gave."""
 
-    quantized: QuantizedTensor
+    quantized: CompressedWeight
     line: LedgerLine
 
 
@@ -88,7 +90,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
     except NonFiniteError as found:
         raise NonFiniteError(f"{item.linear.weight_name}: {found}") from found
     if item.scheme.has_input_scale:
-        assert isinstance(item.method, InputObserver)
+        assert isinstance(item.method, InputObserver) and isinstance(quantized, QuantizedTensor)
         quantized = replace(quantized, input_scale=item.method.input_scale(statistics, dtype=dtype))
     gram = statistics.get("gram") if seen is not None and not seen.neutral else None
     error = weight_error(weight, quantized) if gram is None else output_error(weight, quantized, gram)
@@ -110,7 +112,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
 def _sharing_note(item: Compression, job: Job) -> str:
     """How much smaller shared values make a linear: by the formula of the literature, and in the bytes of the file."""
     scheme, shape = item.scheme, item.linear.shape
-    if not scheme.grid.is_learned:
+    if not isinstance(scheme, Scheme) or not scheme.grid.is_learned:
         return ""
     weights, base_bits = math.prod(shape), 8 * job.checkpoint.dtype.itemsize
     tables = math.prod(scheme.scale_shape(shape))
@@ -121,7 +123,7 @@ def _sharing_note(item: Compression, job: Job) -> str:
     )
 
 
-def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, seconds: float) -> Outcome:
+def renewed(outcome: Outcome, quantized: CompressedWeight, weight: Tensor, seconds: float) -> Outcome:
     """The outcome with codes that a tuner chose instead; their error is that of the weights, as no gram says what they
     were chosen for.
     """
@@ -129,7 +131,9 @@ def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, second
         outcome.line, error=weight_error(weight, quantized), objective="weight_error",
         seconds=outcome.line.seconds + seconds,
     )  # fmt: skip
-    return Outcome(quantized=replace(quantized, input_scale=outcome.quantized.input_scale), line=line)
+    if isinstance(quantized, QuantizedTensor):
+        quantized = replace(quantized, input_scale=outcome.quantized.input_scale)
+    return Outcome(quantized=quantized, line=line)
 
 
 class Stream:

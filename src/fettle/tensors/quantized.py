@@ -24,7 +24,7 @@ from torch import Tensor
 from fettle.errors import CheckpointError
 from fettle.tensors.activations import InputQuantizer, InputScale
 from fettle.tensors.packing import pack_bits, unpack_bits
-from fettle.tensors.remainder import Remainder
+from fettle.tensors.remainder import Remainder, TensorSpec
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.storages import (
@@ -302,15 +302,24 @@ def stored_shape(state: Mapping[str, Tensor], scheme: Scheme, storage: str) -> t
     if len(told) != 2 or min(told) < 1:
         raise CheckpointError(f"{source} says the shape {told}; a compressed weight is a matrix [out, in]")
     shape = (int(told[0]), int(told[1]))
-    for name, (dtype, dimensions) in scheme.state_spec(shape, storage).items():
+    check_state(state, scheme.state_spec(shape, storage), shape, scheme.describe())
+    return shape
+
+
+def check_state(
+    state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec], shape: tuple[int, int], described: str
+) -> None:
+    """Checks that a state has what the scheme of a weight [out, in] says, which is described for people.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another type or shape.
+    """
+    for name, (dtype, dimensions) in spec.items():
         found = state.get(name)
         if found is None:
-            raise CheckpointError(
-                f"the tensor {name} is missing; {scheme.describe()} needs it. There are {sorted(state)}"
-            )
+            raise CheckpointError(f"the tensor {name} is missing; {described} needs it. There are {sorted(state)}")
         if found.dtype != dtype or tuple(found.shape) != dimensions:
             raise CheckpointError(
-                f"{name} is {found.dtype} {list(found.shape)}; a weight {list(shape)} in {scheme.describe()} has "
+                f"{name} is {found.dtype} {list(found.shape)}; a weight {list(shape)} in {described} has "
                 f"{dtype} {list(dimensions)}"
             )
-    return shape

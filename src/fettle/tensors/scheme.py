@@ -73,6 +73,11 @@ class Scheme:
     activations: Activations | None = None
 
     @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.grid.bits
+
+    @property
     def codes_alone(self) -> Scheme:
         """The same without a remainder."""
         return replace(self, remainder=None)

@@ -22,6 +22,7 @@ from fettle.models.storage.standard import (
     standard_obstacle,
 )
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import WeightScheme, scheme_from_dict
 
 REFUSAL = {
     "load_in_8bit": True,
@@ -33,12 +34,12 @@ REFUSAL = {
 class StoredScheme:
     """How one matrix lies on disk: its scheme, and the layout of its codes."""
 
-    scheme: Scheme
+    scheme: WeightScheme
     storage: str
 
 
 def quantization_config(
-    schemes: Mapping[str, Scheme], anatomy: Anatomy, storage: str, model_dtype: torch.dtype = torch.float32
+    schemes: Mapping[str, WeightScheme], anatomy: Anatomy, storage: str, model_dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """The `quantization_config` for these linears (by name): the standard's where it can say it, else ours.
 
@@ -50,13 +51,14 @@ def quantization_config(
     linears = {linear.name: linear for linear in every_linear(anatomy)}
     distinct = list(dict.fromkeys(schemes.values()))
     obstacles = [standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items()]
-    if len(distinct) > 1 and any(scheme.zero_point for scheme in distinct):
+    scalar = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, Scheme)}
+    if len(distinct) > 1 and any(scheme.zero_point for scheme in scalar.values()):
         obstacles.append("transformers cannot load several schemes when one of them has zero points")
-    if not decompressed_while_loading(distinct) and model_dtype != torch.bfloat16:
-        obstacles += [bfloat16_obstacle(linears[name], scheme, storage) for name, scheme in schemes.items()]
+    if not decompressed_while_loading(list(dict.fromkeys(scalar.values()))) and model_dtype != torch.bfloat16:
+        obstacles += [bfloat16_obstacle(linears[name], scheme, storage) for name, scheme in scalar.items()]
     obstacle = next(filter(None, obstacles), None)
     if obstacle is None:
-        return standard_config(schemes, linears, anatomy, storage)
+        return standard_config(scalar, linears, anatomy, storage)
     return {
         "quant_method": "fettle",
         "version": 2,
@@ -122,7 +124,7 @@ def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
 
 
 def _read_own(config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:
-    schemes = dict(enumerate(Scheme.from_dict(fields) for fields in config["schemes"]))
+    schemes = dict(enumerate(scheme_from_dict(fields) for fields in config["schemes"]))
     preferred, numbers = config["storage"], config["linears"]
     found = {}
     for linear in coded:

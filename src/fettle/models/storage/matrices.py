@@ -10,9 +10,10 @@ from fettle.models.anatomy import Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.storage.config import StoredScheme
 from fettle.tensors.activations import InputQuantizer
-from fettle.tensors.quantized import QuantizedTensor, stored_input_scale
+from fettle.tensors.quantized import stored_input_scale
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.storages import code_tensor
+from fettle.tensors.weights import CompressedWeight, WeightScheme, weight_from_state
 
 _NAMES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_levels", "weight_global_scale",
@@ -22,33 +23,26 @@ _NAMES = (
 )  # fmt: skip
 
 
-def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> QuantizedTensor:
+def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> CompressedWeight:
     """The codes, scales and zero points of `linear`; raises `NonFiniteError` for a scale that is NaN or infinite."""
     stem = linear.weight_name.removesuffix(".weight")
-    codes = code_tensor(stored.storage)
-    names = dict.fromkeys((*_NAMES, codes))
+    spec = stored.scheme.state_spec(linear.shape, stored.storage)
+    names = dict.fromkeys((*_NAMES, *spec))
     state = {name: checkpoint.read(f"{stem}.{name}") for name in names if f"{stem}.{name}" in checkpoint.entries}
-    needed = {codes}
-    needed.add("weight_levels" if stored.scheme.grid.is_learned else "weight_scale")
-    if stored.scheme.zero_point:
-        needed.add("weight_zero_point")
-    if stored.scheme.has_tensor_scale:
-        needed.add("weight_global_scale")
-    beside = stored.scheme.remainder_spec(linear.shape)
-    needed.update(beside)
-    needed |= _input_names(stored.scheme)
-    missing = sorted(needed - set(state))
+    missing = sorted(set(spec) - {"weight_shape"} - set(state))
     if missing:
         raise CheckpointError(
             f"{linear.name} is stored as codes, but tensors {[f'{stem}.{n}' for n in missing]} are missing."
         )
-    remainders = (name for name, (dtype, _) in beside.items() if dtype.is_floating_point)
-    for name in ("weight_scale", "weight_levels", "weight_global_scale", "input_scale", *remainders):
-        if name in needed:
-            found = state[name]
-            check_finite(f"{stem}.{name}", found.view(torch.float8_e8m0fnu) if found.dtype == torch.uint8 else found)
+    for name in spec:
+        found = state.get(name)
+        if found is None or name == code_tensor(stored.storage):
+            continue
+        exponents = name == "weight_scale" and found.dtype == torch.uint8
+        if exponents or found.dtype.is_floating_point:
+            check_finite(f"{stem}.{name}", found.view(torch.float8_e8m0fnu) if exponents else found)
     try:
-        quantized = QuantizedTensor.from_state(state, stored.scheme, stored.storage)
+        quantized = weight_from_state(state, stored.scheme, stored.storage)
     except CheckpointError as error:
         raise CheckpointError(f"{linear.name} in {checkpoint.folder}: {error}") from error
     if quantized.shape != linear.shape:
@@ -58,7 +52,7 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
     return quantized
 
 
-def _input_names(scheme: Scheme) -> set[str]:
+def _input_names(scheme: WeightScheme) -> set[str]:
     """The stored tensors that say how inputs are quantized."""
     return {name for name in scheme.state_spec((1, 1)) if name.startswith("input_")}
 
@@ -67,6 +61,7 @@ def read_input_quantizer(checkpoint: Checkpoint, linear: Linear, stored: StoredS
     """What quantizes the inputs of `linear`, once `read_weight` found it sound; None where they stay."""
     if stored is None or stored.scheme.activations is None:
         return None
+    assert isinstance(stored.scheme, Scheme)  # no other quantizes inputs
     stem = linear.weight_name.removesuffix(".weight")
     state = {name: checkpoint.read(f"{stem}.{name}") for name in _input_names(stored.scheme)}
     return InputQuantizer(activations=stored.scheme.activations, fixed=stored_input_scale(state, stored.scheme))

@@ -28,6 +28,7 @@ from fettle.tensors.activations import Activations
 from fettle.tensors.grid import Grid, uniform
 from fettle.tensors.scheme import Granularity, Scheme
 from fettle.tensors.storages import FLOAT4, FLOAT8, PACKED_FLOATS, Storage
+from fettle.tensors.weights import WeightScheme
 
 STORAGES = get_args(Storage)
 MIXED = "mixed-precision"
@@ -43,8 +44,10 @@ OWN_SCALES = {  # format → the type that its scales are stored in, the one tha
 # ---- writing
 
 
-def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage: str) -> str | None:
+def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, storage: str) -> str | None:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
+    if not isinstance(scheme, Scheme):
+        return f"a code of {linear.name} stands for eight weights at once"
     name, columns, group = linear.name, linear.shape[1], scheme.group_size or 1
     no_module = linear.slot.transposed or linear.slot.index is not None or linear.role in ("router", "embedding")
     beside = "" if scheme.remainder is None else scheme.remainder.describe()
