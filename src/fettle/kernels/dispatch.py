@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from fettle.errors import UsageError, unknown_word
+from fettle.kernels.masked import masked_linear
 from fettle.kernels.reference import int_linear, packed_linear
-from fettle.tensors.scheme import Scheme
 
-Linear = Callable[[Tensor, Mapping[str, Tensor], Scheme, Tensor | None], Tensor]
+Linear = Callable[[Tensor, Mapping[str, Tensor], Any, Tensor | None], Tensor]  # the scheme is the format's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Kernel:
 KERNELS: tuple[Kernel, ...] = (  # the first that fits runs
     Kernel(op="linear", format="pack-quantized", devices=(), name="reference (dequantize by tiles)", run=packed_linear),
     Kernel(op="linear", format="int-quantized", devices=(), name="reference (dequantize by tiles)", run=int_linear),
+    Kernel(op="linear", format="masked", devices=(), name="reference (dense by tiles)", run=masked_linear),
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fettle.tensors.activations import InputScale
 from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight, WeightScheme
 
 
 class MatrixMethod(Protocol):
@@ -48,11 +48,11 @@ class MatrixMethod(Protocol):
         """Checks what the fields' own types and bounds cannot say; RecipeError where they do not fit together."""
         ...
 
-    def scheme(self, dtype: str) -> Scheme:
+    def scheme(self, dtype: str) -> WeightScheme:
         """How the result is stored; `dtype` is the model's own ("bfloat16"), for fields left to "auto"."""
         ...
 
-    def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
+    def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> CompressedWeight:
         """Compresses weight [out, in]; touches neither it nor the statistics.
 
         Raises:

@@ -1,6 +1,6 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py`.
+A method is registered by its import line in `methods/quantize/__init__.py` or `methods/prune/__init__.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import quantize
+from fettle.methods import prune, quantize
 from fettle.methods.protocols import MatrixMethod
 
 
@@ -24,7 +24,7 @@ def _as_method(value: Any) -> type[MatrixMethod] | None:
 
 
 METHODS: dict[str, type[MatrixMethod]] = {
-    cls.name: cls for cls in map(_as_method, vars(quantize).values()) if cls is not None
+    cls.name: cls for room in (quantize, prune) for cls in map(_as_method, vars(room).values()) if cls is not None
 }
 
 

@@ -29,10 +29,13 @@ from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Linear, unreadable
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.config_file import QUANTIZATION_KEYS, damaged
+from fettle.models.masked_storage import MASK_NAMES, masked_obstacle, read_masked
 from fettle.tensors.activations import Activations, InputQuantizer
 from fettle.tensors.grid import uniform
+from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.quantized import QuantizedTensor, stored_input_scale
 from fettle.tensors.scheme import Scheme, Storage
+from fettle.tensors.weights import CompressedWeight, WeightScheme, kernel_format, scheme_from_dict
 
 STORAGES = get_args(Storage)
 _REFUSAL = {
@@ -51,27 +54,26 @@ _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.flo
 
 @dataclass(frozen=True)
 class StoredScheme:
-    """How one matrix lies on disk: its scheme, and the layout of its codes ("pack-quantized" or "int-quantized")."""
+    """How one matrix lies on disk: its scheme, and its layout ("pack-quantized", "int-quantized" or "masked")."""
 
-    scheme: Scheme
+    scheme: WeightScheme
     storage: str
 
 
 # ---- writing
 
 
-def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage: str) -> dict[str, Any]:
+def quantization_config(schemes: Mapping[str, WeightScheme], anatomy: Anatomy, storage: str) -> dict[str, Any]:
     """The `quantization_config` for these linears (by name): the standard's where it can say it, else ours."""
-    if not schemes:
+    if not schemes or storage == "dense":  # plain weights need no word
         return {}
-    linears = {linear.name: linear for linear in _every_linear(anatomy)}
+    linears = {x.name: x for x in _every_linear(anatomy)}
     distinct = list(dict.fromkeys(schemes.values()))
     obstacles = [standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items()]
     if len(distinct) > 1 and any(scheme.zero_point for scheme in distinct):
         obstacles.append("transformers cannot load several schemes when one of them has zero points")
-    obstacle = next(filter(None, obstacles), None)
-    if obstacle is None:
-        return _standard_config(schemes, linears, anatomy, storage)
+    if (obstacle := next(filter(None, obstacles), None)) is None:
+        return _standard_config({n: s for n, s in schemes.items() if isinstance(s, Scheme)}, linears, anatomy, storage)
     return {
         "quant_method": "fettle",
         "version": 1,
@@ -83,8 +85,10 @@ def quantization_config(schemes: Mapping[str, Scheme], anatomy: Anatomy, storage
     }
 
 
-def standard_obstacle(linear: Linear, scheme: Scheme, anatomy: Anatomy, storage: str) -> str | None:
+def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, storage: str) -> str | None:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
+    if isinstance(scheme, MaskedScheme):
+        return masked_obstacle(linear.name)
     name, columns, group = linear.name, linear.shape[1], scheme.group_size or 1
     no_module = linear.slot.transposed or linear.slot.index is not None or linear.role in ("router", "embedding")
     beside = "" if scheme.remainder is None else scheme.remainder.describe()
@@ -153,10 +157,9 @@ def _standard_config(
     }
     if len(groups) == 1 and next(iter(groups)).activations is None:
         # transformers then decompresses while it loads. Without it, it expects packed zero points in the shape of
-        # unpacked
-        # ones and stops, and a model saved in bfloat16 but loaded in float32 is decompressed with other roundings. It
-        # takes one group's scheme for every linear, though, hence not with several (see `quantization_config`), and it
-        # leaves the inputs as they are.
+        # unpacked ones and stops, and a model saved in bfloat16 but loaded in float32 is decompressed with other
+        # roundings. It takes one group's scheme for every linear, though, hence not with several (see
+        # `quantization_config`), and it leaves the inputs as they are.
         config["dequantize"] = True
     return config
 
@@ -235,7 +238,7 @@ def _refuse_unexplained_codes(checkpoint: Checkpoint, *, explained: bool) -> Non
     """Raises `CheckpointError` for codes where the config names no scheme, and for whole numbers without a scale."""
     for name, entry in checkpoint.entries.items():
         stem, _, last = name.rpartition(".")
-        if last in ("weight_packed", "weight_scale") and not explained:
+        if last in ("weight_packed", "weight_scale", *MASK_NAMES) and not explained:
             raise CheckpointError(
                 f"tensor {name!r} holds codes or their scales, and config.json has no quantization_config that says "
                 f"how to read them. Copy config.json again, or compress the model again. ({checkpoint.folder})"
@@ -251,17 +254,17 @@ def _refuse_unexplained_codes(checkpoint: Checkpoint, *, explained: bool) -> Non
 def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
     """Whether codes and scales of `linear` are on disk; a tied head belongs to its embedding."""
     stem = linear.weight_name.removesuffix(".weight")
-    return any(f"{stem}.{name}" in checkpoint.entries for name in ("weight_scale", "weight_packed"))
+    return any(f"{stem}.{name}" in checkpoint.entries for name in ("weight_scale", "weight_packed", *MASK_NAMES))
 
 
 def _read_own(config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:
-    schemes = dict(enumerate(Scheme.from_dict(fields) for fields in config["schemes"]))
+    schemes = dict(enumerate(scheme_from_dict(fields) for fields in config["schemes"]))
     storage, numbers = config["storage"], config["linears"]
     found = {}
     for linear in coded:
         scheme = schemes[numbers[linear.weight_name.removesuffix(".weight")]]
         scheme.check_storage(storage)
-        found[linear.name] = StoredScheme(scheme, storage)
+        found[linear.name] = StoredScheme(scheme, kernel_format(scheme, storage))
     return found
 
 
@@ -278,10 +281,9 @@ def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Li
     if not known or f"{linear.name}.weight_g_idx" in checkpoint.entries:
         order = " with groups in activation order" if arguments.get("actorder") else ""
         raise CheckpointError(
-            f"{linear.name} is stored as {storage}, {bits}-bit {kind}, strategy {strategy}{order}, which fettle "
-            "does not "
-            f"read. It reads {' and '.join(STORAGES)} integers of 2 to 8 bits, a scale per tensor, channel or group of "
-            "neighbours. Give it the original model."
+            f"{linear.name} is stored as {storage}, {bits}-bit {kind}, strategy {strategy}{order}, which fettle does "
+            f"not read. It reads {' and '.join(STORAGES)} integers of 2 to 8 bits, a scale per tensor, channel or group "
+            "of neighbours. Give it the original model."
         )
     scale = checkpoint.entry(linear.weight_name.removesuffix(".weight") + ".weight_scale")
     if scale.dtype not in _SCALE_DTYPES:
@@ -338,8 +340,10 @@ def _match_rank(target: str, names: set[str]) -> int | None:
     return 2 if target in _CLASSES else None
 
 
-def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> QuantizedTensor:
+def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> CompressedWeight:
     """The codes, scales and zero points of `linear`; raises `NonFiniteError` for a scale that is NaN or infinite."""
+    if isinstance(stored.scheme, MaskedScheme):
+        return read_masked(checkpoint, linear, stored.scheme)
     stem = linear.weight_name.removesuffix(".weight")
     names = (*_CODE_NAMES, "weight") if stored.storage == "int-quantized" else _CODE_NAMES
     state = {name: checkpoint.read(f"{stem}.{name}") for name in names if f"{stem}.{name}" in checkpoint.entries}
@@ -372,7 +376,7 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
     return quantized
 
 
-def _input_names(scheme: Scheme) -> set[str]:
+def _input_names(scheme: WeightScheme) -> set[str]:
     """The stored tensors that say how inputs are quantized."""
     return {name for name in scheme.state_spec((1, 1)) if name.startswith("input_")}
 
