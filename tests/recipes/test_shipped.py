@@ -13,7 +13,7 @@ from fettle.pipeline.recipe import CalibrationOptions, assign, load_recipe, pars
 RECIPES = shipped_recipes()
 NAMES = {
     "default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit", "awq-4bit",
-    "learned-rounding-3bit", "w8a8-dynamic",
+    "learned-rounding-3bit", "w8a8-dynamic", "wanda-50", "sparsegpt-2of4-4bit",
 }  # fmt: skip
 
 

@@ -282,8 +282,8 @@ def _read_standard(checkpoint: Checkpoint, config: Mapping[str, Any], linear: Li
         order = " with groups in activation order" if arguments.get("actorder") else ""
         raise CheckpointError(
             f"{linear.name} is stored as {storage}, {bits}-bit {kind}, strategy {strategy}{order}, which fettle does "
-            f"not read. It reads {' and '.join(STORAGES)} integers of 2 to 8 bits, a scale per tensor, channel or group "
-            "of neighbours. Give it the original model."
+            f"not read. It reads {' and '.join(STORAGES)} integers of 2 to 8 bits, a scale per tensor, channel or "
+            "group of neighbours. Give it the original model."
         )
     scale = checkpoint.entry(linear.weight_name.removesuffix(".weight") + ".weight_scale")
     if scale.dtype not in _SCALE_DTYPES:

@@ -61,6 +61,27 @@ def _least(scores: Tensor, count: int) -> Tensor:
     return below | (equal & (equal.cumsum(1) <= missing))
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownMask:
+    """A mask that stands already, for the sweep that only rounds: `sweep.Pruner`.
+
+    Attributes:
+        kept: bool [rows, in] of the tile.
+        width: columns that are told together.
+    """
+
+    kept: Tensor
+    width: int
+
+    def choose(self, weights: Tensor, importance: Tensor, columns: slice) -> Tensor:
+        """What stays of these columns."""
+        return self.kept[:, columns]
+
+    def preview(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """Nothing needs it: the width is that of a range."""
+        return torch.ones(weights.shape, dtype=torch.bool)
+
+
 @dataclass(kw_only=True)
 class TilePruner:
     """The mask of one tile of rows, `width` columns at a time, for the sweep: `sweep.Pruner`.

@@ -6,20 +6,22 @@ rounding: a pruned weight is one that is rounded to zero. What goes is decided w
 
     score = w_k² · L_kk²        w as earlier columns have changed it, H = L·Lᵀ the damped gram
 
-which is w² / [H⁻¹]_kk of the columns that are left, the optimal brain surgeon's saliency. With `bits` what stays is
-rounded to codes in the same pass (the paper's section 3.5): later columns make up for both errors at once, so nothing
-is lost to doing one after the other.
+which is w² / [H⁻¹]_kk of the columns that are left, the optimal brain surgeon's saliency. With `bits` and `heal: none`
+what stays is rounded to codes in the same pass (the paper's section 3.5): later columns make up for both at once.
 
 Ours differs in three ways. Rows are compared in tiles of 512. `correction` moves the weight that is approached by half
-of what earlier blocks drifted, as for GPTQ. And where values stay plain, `heal: least_squares` then moves all that
-stayed, of earlier columns too, which the sweep had left behind (`healing.py`); `heal: none` is the paper.
+of what earlier blocks drifted, as for GPTQ. And `heal: least_squares` then moves all that stayed, of earlier columns
+too, which the sweep had left behind, to the optimum of the mask (`healing.py`). With `bits` a sweep that rounds follows
+from there, the mask held. Nothing is lost by that: at the optimum h the error has no slope along what stayed, so
+tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant. `heal: none` is the paper.
 
-Cost: in³/3 for the factor, about out·in² multiply-adds; 30·out·in² for the healing. Memory: one float32 [in, in].
+Cost: in³/3 for the factor, about out·in² multiply-adds a sweep; 30·out·in² for the healing. Memory: one float32
+[in, in].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -30,7 +32,7 @@ from fettle.errors import NonFiniteError, RecipeError
 from fettle.methods.prune.fields import Healing, PruneFields
 from fettle.methods.prune.healing import least_squares
 from fettle.methods.prune.pruning import check_weight, stored
-from fettle.methods.prune.selection import TilePruner
+from fettle.methods.prune.selection import KnownMask, TilePruner
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import in_tensor_units
 from fettle.methods.quantize.sharing import choose_shared
@@ -40,6 +42,7 @@ from fettle.methods.quantize.sweep import (
     ROW_TILE,
     Factor,
     Kept,
+    Pruner,
     RangeChooser,
     corrected,
     factorize,
@@ -51,6 +54,8 @@ from fettle.tensors.patterns import Pattern
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scales import stack
 from fettle.tensors.scheme import Scheme
+
+Tiles = Sequence[tuple[slice, Pruner]]  # rows that are worked on together, and what decides their mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,24 +143,30 @@ def sparsegpt(
         raise NonFiniteError("the gram of this linear's inputs holds NaN or infinity; check the block before it")
     factor = factorize(gram, damping=damping, activation_order=False)
     target = weight.float() if drift is None else corrected(weight, drift, factor, correction)
-    if scheme.values is not None:
-        return _with_codes(target, factor, scheme, scheme.values, clip)
+    if scheme.values is not None and heal == "none":
+        return _with_codes(target, _tiles(target, scheme), factor, scheme, scheme.values, clip)
     values, kept = _with_values(target, factor, scheme)
     if heal == "least_squares":
         values = least_squares(target, values, kept, gram, damping=factor.damping)
-    return stored(values, kept, scheme)
+    if scheme.values is None:
+        return stored(values, kept, scheme)
+    width = scheme.values.group_width(weight.shape[1])
+    tiles = [(rows, KnownMask(kept=kept[rows], width=width)) for rows in row_slices(len(kept))]
+    return _with_codes(values, tiles, factor, scheme, scheme.values, clip)
 
 
 def _with_values(target: Tensor, factor: Factor, scheme: MaskedScheme) -> tuple[Tensor, Tensor]:
     """What stays and its values, float32 [out, in]."""
-    columns = Kept(scheme.torch_value_dtype)
+    columns = Kept()
     swept = [sweep(target[rows], factor, columns, pruner=pruner) for rows, pruner in _tiles(target, scheme)]
     kept = torch.cat([tile.kept for tile in swept if tile.kept is not None])
     return torch.cat([tile.codes for tile in swept]) * kept, kept
 
 
-def _with_codes(target: Tensor, factor: Factor, scheme: MaskedScheme, codes: Scheme, clip: str) -> MaskedTensor:
-    """What stays, in codes that were chosen in the same sweep."""
+def _with_codes(
+    target: Tensor, tiles: Tiles, factor: Factor, scheme: MaskedScheme, codes: Scheme, clip: str
+) -> MaskedTensor:
+    """What stays, in codes that the sweep chooses; the mask is chosen in the same sweep, or known."""
     masks: list[Tensor] = []
 
     def solve(units: Tensor) -> QuantizedTensor:
@@ -164,7 +175,7 @@ def _with_codes(target: Tensor, factor: Factor, scheme: MaskedScheme, codes: Sch
         shared = choose_shared(units, codes, clip=clip, importance=importance)
         chooser = RangeChooser(scheme=codes, clip=clip, importance=importance)
         found = []
-        for rows, pruner in _tiles(units, scheme):
+        for rows, pruner in tiles:
             columns = ColumnRounding(shared.rows(rows, codes), scheme=codes, rows=rows.stop - rows.start)
             renewing = chooser if codes.granularity != "tensor" else None
             width = codes.group_width(units.shape[1])
@@ -179,13 +190,13 @@ def _with_codes(target: Tensor, factor: Factor, scheme: MaskedScheme, codes: Sch
     return MaskedTensor.of_codes(quantized, torch.cat(masks), scheme)
 
 
-def _tiles(weight: Tensor, scheme: MaskedScheme) -> list[tuple[slice, TilePruner]]:
+def _tiles(weight: Tensor, scheme: MaskedScheme) -> Tiles:
     """The tiles of rows with what decides their masks; together exactly as many weights go as the scheme says."""
     out_features, in_features = weight.shape
     pattern = scheme.shape_of_mask
     unit = pattern.rows * pattern.columns if pattern.kind == "block" else 1
     total = pattern.pruned_count((out_features, in_features), scheme.sparsity) // unit
-    found = []
+    found: list[tuple[slice, Pruner]] = []
     for rows in row_slices(out_features):
         due = total * rows.stop // out_features - total * rows.start // out_features
         found.append(

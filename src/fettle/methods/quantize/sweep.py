@@ -203,17 +203,13 @@ class Columns(Protocol):
 
 
 class Kept:
-    """No grid: a column stays what it is, as the type that stores it has it."""
+    """No grid: a column stays what it is."""
 
     dtype = torch.float32
 
-    def __init__(self, stored: torch.dtype) -> None:
-        self._stored = stored
-
     def nearest(self, target: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """The value, twice."""
-        value = target.to(self._stored).float()
-        return value, value
+        return target, target
 
     def renew_(self, group: int, shared: Shared) -> None:
         """There are no scales."""
