@@ -98,8 +98,8 @@ def test_transformers_refuses_it(written: Path) -> None:
 def test_threads_change_no_byte(tiny_llama: Path, text_file: Path, tmp_path: Path, name: str) -> None:
     for threads in (1, 2):
         recipe = recipe_of(text_file, METHODS[name])
-        fettle.compress(tiny_llama, tmp_path / str(threads), recipe, evaluate=False, threads=threads)
-    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+        fettle.compress(tiny_llama, tmp_path / str(threads) / "out", recipe, evaluate=False, threads=threads)
+    assert digests(tmp_path / "1" / "out") == digests(tmp_path / "2" / "out")
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     from fettle.pipeline import walk
 
     recipe = recipe_of(text_file, {**METHODS["gradient"], "heal": "least_squares", "rounds": 2})
-    fettle.compress(tiny_llama, tmp_path / "whole", recipe, evaluate=False)
+    fettle.compress(tiny_llama, tmp_path / "whole" / "out", recipe, evaluate=False)
     write, done = walk.write_shard, []
 
     def stopping(*args: Any) -> str:
@@ -119,10 +119,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(walk, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
-        fettle.compress(tiny_llama, tmp_path / "stopped", recipe, evaluate=False)
+        fettle.compress(tiny_llama, tmp_path / "stopped" / "out", recipe, evaluate=False)
     monkeypatch.setattr(walk, "write_shard", write)
-    fettle.compress(tiny_llama, tmp_path / "stopped", recipe, evaluate=False)
-    assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+    fettle.compress(tiny_llama, tmp_path / "stopped" / "out", recipe, evaluate=False)
+    assert digests(tmp_path / "stopped" / "out") == digests(tmp_path / "whole" / "out")
 
 
 def test_dense_is_the_same_model_for_any_loader(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -144,11 +144,20 @@ def test_dense_is_the_same_model_for_any_loader(tiny_llama: Path, text_file: Pat
     assert bool(((weight != 0).view(172, 16, 4).sum(-1) <= 2).all())
 
 
-@pytest.mark.parametrize("allocation", ["global", "outliers", "sensitivity"])
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [
+        ("magnitude", "global"),
+        ("magnitude", "outliers"),
+        ("magnitude", "sensitivity"),
+        ("wanda", "global"),
+        ("taylor", "global"),
+    ],
+)
 def test_an_allocation_loses_exactly_as_many_weights(
-    tiny_llama: Path, text_file: Path, tmp_path: Path, allocation: str
+    tiny_llama: Path, text_file: Path, tmp_path: Path, method: str, allocation: str
 ) -> None:
-    recipe = recipe_of(text_file, {"method": "wanda", "pattern": "layer", "sparsity": 0.45}, allocation=allocation)
+    recipe = recipe_of(text_file, {"method": method, "pattern": "layer", "sparsity": 0.45}, allocation=allocation)
     made = fettle.compress(tiny_llama, tmp_path / "out", recipe, evaluate=False)
     checkpoint = Checkpoint.open(tmp_path / "out")
     anatomy = read_anatomy(checkpoint)
@@ -220,7 +229,7 @@ def test_damage_is_named(tiny_llama: Path, text_file: Path, tmp_path: Path, tens
     shard = next(iter(sorted(folder.glob("*.safetensors"))))
     tensors = load_file(shard)
     name = f"model.layers.0.self_attn.k_proj.{tensor}"
-    tensors[name].view(-1)[0] = float("nan") if tensor == "weight_values" else 77
+    tensors[name].view(-1)[0] = float("nan") if tensor == "weight_values" else 1 if tensor == "weight_mask" else -1
     if tensor == "weight_mask":
         tensors[name].fill_(255)
     save_file(tensors, shard, metadata={"format": "pt"})
@@ -236,3 +245,13 @@ def test_a_budget_may_choose_between_masks_and_codes(tiny_llama: Path, text_file
     made = fettle.compress(tiny_llama, tmp_path / "out", chosen, evaluate=False, budget=budget)
     assert fettle.load(tmp_path / "out").model is not None
     assert made.summary["output"]["bytes"] > 0
+
+
+def test_a_pattern_in_a_file_is_no_number_to_the_base_of_sixty(tmp_path: Path) -> None:
+    from fettle.pipeline.recipe import load_recipe
+
+    (tmp_path / "r.yaml").write_text("steps:\n  - {method: wanda, pattern: 2:4, group_size: 64}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.to_dict()["steps"][0]["pattern"] == "2:4"
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml").steps == recipe.steps

@@ -70,7 +70,8 @@ def parse_candidate(text: str) -> MatrixMethod:
             raise RecipeError(
                 f"candidate {text!r}: {word!r} is no FIELD=VALUE; write it as in: gptq bits=3 group_size=64"
             )
-        spelled = None if value == "none" else yaml.safe_load(value)
+        pattern = ":" in value  # which YAML takes for a number to the base of sixty
+        spelled = None if value == "none" else value if pattern else yaml.safe_load(value)
         fields[key.replace("-", "_")] = spelled
     return registry.from_fields(words[0], fields)
 

@@ -152,6 +152,13 @@ class _Loader(yaml.SafeLoader):
         text.encode("utf-8")  # refuses half of a character, which an escape can spell
         return text
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | str:
+        """A whole number; 2:4 is a pattern here, and no 124 to the base of sixty."""
+        return str(node.value) if ":" in node.value else int(self.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+
 
 def shipped_recipes() -> list[Path]:
     """The recipes that come with the package."""

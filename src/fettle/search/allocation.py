@@ -31,6 +31,7 @@ from fettle.diagnose.estimates import second_order
 from fettle.diagnose.original import Original
 from fettle.diagnose.scan import collect, linears_of, scan
 from fettle.methods.protocols import MatrixMethod
+from fettle.methods.prune.wanda import Wanda
 from fettle.models.anatomy import Linear
 from fettle.models.storage import read_weight
 from fettle.pipeline.loss_gradients import mean_gradient
@@ -51,6 +52,7 @@ class PruningMethod(MatrixMethod, Protocol):
     """A method that says what losing each weight costs."""
 
     sparsity: float | None
+    pattern: str
 
     def scores(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
         """float32 [out, in], not negative."""
@@ -88,9 +90,13 @@ def allocated(
     """
     if recipe.allocation == "uniform":
         return recipe
-    run = prepare(model, replace(recipe, allocation="uniform"), device=device, threads=threads, generic=generic)
     step = recipe.steps[0]
     method = cast(PruningMethod, step.method)
+    probe = replace(recipe, allocation="uniform")
+    if method.needs() or recipe.allocation != "global":  # the spread looks at text, whether the method does or not
+        seeing = Wanda(sparsity=method.sparsity, pattern=method.pattern)
+        probe = replace(probe, steps=(replace(step, method=seeing),))
+    run = prepare(model, probe, device=device, threads=threads, generic=generic)
     shares = [Share(linear=item.linear, unit=_unit(item.scheme, item.linear)) for item in run.layout.compressions]
     scheme = method.scheme("float32")
     assert isinstance(scheme, MaskedScheme)

@@ -23,19 +23,16 @@ def test_what_goes_is_never_more_than_what_stays(seed: int, sparsity: float, pat
         assert not len(gone) or float(gone.max()) <= float(stays.min())
 
 
-@given(seed=st.integers(0, 1000), text=st.sampled_from(["2:4", "1:4", "3:4", "4:8", "1:3"]))
-def test_n_of_m_is_the_best_legal_choice_of_every_group(seed: int, text: str) -> None:
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "4:8", "1:3"])
+def test_n_of_m_is_the_best_legal_choice_of_every_group(text: str) -> None:
     pattern = parse_pattern(text)
-    scores = torch.rand(3, 4 * pattern.columns, generator=torch.Generator().manual_seed(seed))
+    scores = torch.rand(6, 4 * pattern.columns, generator=torch.Generator().manual_seed(pattern.columns))
     kept = kept_by_score(scores, pattern, pattern.fixed_sparsity or 0)
-    for row, start in itertools.product(range(3), range(0, scores.shape[1], pattern.columns)):
-        group = slice(start, start + pattern.columns)
-        assert int(kept[row, group].sum()) == pattern.keep
-        best = max(
-            float(scores[row, group][list(c)].sum())
-            for c in itertools.combinations(range(pattern.columns), pattern.keep)
-        )
-        assert float(scores[row, group][kept[row, group]].sum()) == pytest.approx(best)
+    for row, start in itertools.product(range(6), range(0, scores.shape[1], pattern.columns)):
+        group, chosen = scores[row, start : start + pattern.columns], kept[row, start : start + pattern.columns]
+        assert int(chosen.sum()) == pattern.keep
+        best = max(float(group[list(c)].sum()) for c in itertools.combinations(range(pattern.columns), pattern.keep))
+        assert float(group[chosen].sum()) == pytest.approx(best)
 
 
 def test_blocks_go_by_their_sums() -> None:
