@@ -27,6 +27,7 @@ FIELDS: list[dict[str, Any]] = [
     {"pattern": "2:4"},
     {"pattern": "1:4", "bits": 3, "group_size": None},
     {"pattern": "1x4", "sparsity": 0.6, "heal": "least_squares"},
+    {"pattern": "4:8", "heal": "none"},
     {"sparsity": 0.7, "bits": 4, "group_size": 32, "asymmetric": True},
     {"pattern": "2:4", "grid": "learned", "bits": 2, "group_size": None},
     {"sparsity": 0.5, "grid": "binary", "group_size": 16},
@@ -201,7 +202,7 @@ def test_better_than_magnitude_in_its_own_objective(name: str, pattern: str) -> 
         ({"pattern": "2:4", "sparsity": 0.4}, "contradicts the pattern"),
         ({"pattern": "4:2"}, "allowed: layer, row"),
         ({"sparsity": 1.5}, "allowed: numbers from 0"),
-        ({"rounds": 3, "heal": "none"}, "rounds=3"),
+        ({"rounds": 3, "heal": "none"}, "rounds=3 without healing"),
         ({"bits": 9}, "allowed: integers from 1 to 8"),
     ],
 )

@@ -43,7 +43,7 @@ PRUNERS = [name for name in METHODS if name not in QUANTIZERS]
 PRUNED: dict[str, list[str]] = {  # a dot for what went, the code of what stayed
     "activation_sparsity": ["..7.056.70", "...0570..7", "...7104707"],
     "magnitude": [".07.0.7.70", ".7.0570..7", "55.7.0.70."],
-    "sparsegpt": ["..7.057.70", ".7.0570..7", ".4.7.0370."],
+    "sparsegpt": [".07.067.70", ".7.0.70..7", ".4.7.0370."],
     "taylor": ["..7.056.70", "37.0.70..7", "4..71047.."],
     "wanda": [".07.0.7.70", ".7.0570..7", "55.7.0.70."],
 }

@@ -175,6 +175,18 @@ def test_a_planted_fault_is_seen() -> None:
     assert not torch.allclose(lazy.dequantize().double(), naive(weight, damped(gram), 72)[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("pattern", ["layer", "row", "1x4"])
+def test_rounds_choose_a_better_mask_than_the_sweep(pattern: str) -> None:
+    errors = {}
+    for rounds in (1, 4):
+        method = from_fields("sparsegpt", {"pattern": pattern, "rounds": rounds})
+        errors[rounds] = 0.0
+        for seed in range(4):
+            gram, weight = correlated_gram(64, seed), random_weight(24, 64, seed)
+            errors[rounds] += output_error(weight, method.compress(weight, {"gram": gram}, dtype="float32"), gram)
+    assert errors[4] < 0.9 * errors[1]
+
+
 def test_drift_moves_the_target() -> None:
     gram, weight = correlated_gram(24), random_weight(6, 24)
     drift = 0.1 * gram.roll(1, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from fettle.errors import RecipeError
@@ -75,7 +75,8 @@ class PruneFields:
                 healing.
         """
         self.scheme("float32")
-        if self.rounds > 1 and self.heal == "none":
+        usual = next(found.default for found in fields(self) if found.name == "rounds")
+        if self.heal == "none" and self.rounds not in (1, usual):
             raise RecipeError(
                 f"rounds={self.rounds} without healing prune what one round prunes; set heal: least_squares, or "
                 "rounds: 1"

@@ -15,7 +15,7 @@ from fettle.errors import NonFiniteError
 from fettle.methods.prune.fields import PruneFields
 from fettle.methods.prune.healing import least_squares
 from fettle.methods.prune.schedule import prune_in_rounds, sparsities
-from fettle.methods.prune.selection import kept_by_score
+from fettle.methods.prune.selection import kept_by_score, on_the_way
 from fettle.methods.quantize.ranges import NOT_FINITE
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.tensors.masked import MaskedScheme, MaskedTensor
@@ -56,7 +56,7 @@ def prune_by(
             raise NonFiniteError(
                 "what the methods knows of this linear's inputs holds NaN or infinity; check the block"
             )
-        kept = kept_by_score(found, pattern, sparsity)
+        kept = kept_by_score(found, on_the_way(pattern, sparsity), sparsity)
         return state[0] * kept, kept
 
     def heal(state: Pruned) -> Pruned:

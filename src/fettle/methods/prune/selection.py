@@ -6,7 +6,7 @@ what is compared with what; no sort of a whole layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ def kept_by_score(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     sums = block_sums(scores, pattern)
     gone = _least(sums.reshape(1, -1), share_of(sums.numel(), sparsity)).view(sums.shape)
     return ~spread(gone, pattern)
+
+
+def on_the_way(pattern: Pattern, sparsity: float) -> Pattern:
+    """The pattern of a round that prunes less than the last: of N:M more stay (2:4 comes after 3:4)."""
+    if pattern.kind != "n:m":
+        return pattern
+    return replace(pattern, keep=max(pattern.keep, pattern.columns - round(pattern.columns * sparsity)))
 
 
 def keep_n_of_m(scores: Tensor, pattern: Pattern) -> Tensor:

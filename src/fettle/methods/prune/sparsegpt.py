@@ -9,14 +9,18 @@ rounding: a pruned weight is one that is rounded to zero. What goes is decided w
 which is w² / [H⁻¹]_kk of the columns that are left, the optimal brain surgeon's saliency. With `bits` and `heal: none`
 what stays is rounded to codes in the same pass (the paper's section 3.5): later columns make up for both at once.
 
-Ours differs in three ways. Rows are compared in tiles of 512. `correction` moves the weight that is approached by half
-of what earlier blocks drifted, as for GPTQ. And `heal: least_squares` then moves all that stayed, of earlier columns
-too, which the sweep had left behind, to the optimum of the mask (`healing.py`). With `bits` a sweep that rounds follows
-from there, the mask held. Nothing is lost by that: at the optimum h the error has no slope along what stayed, so
-tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant. `heal: none` is the paper.
+Ours differs in four ways. Rows are compared in tiles of 512. `correction` moves the weight that is approached by half
+of what earlier blocks drifted, as for GPTQ. `heal: least_squares` moves all that stayed, of earlier columns too, which
+the sweep had left behind, to the optimum of the mask (`healing.py`). And as later columns are then no longer the only
+ones to make up for what goes, the mask comes from `rounds` of that instead of from the sweep: in each the weights with
+the least w² / [H⁻¹]_jj go, among all columns, and what stays is healed. N:M keeps the sweep's mask, which measured no
+worse. `heal: none` is the paper; `rounds: 1` heals behind the sweep.
 
-Cost: in³/3 for the factor, about out·in² multiply-adds a sweep; 30·out·in² for the healing. Memory: one float32
-[in, in].
+With `bits` a sweep that rounds follows from the healed weights, the mask held. Nothing is lost by that: at the optimum
+h the error has no slope along what stayed, so tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant.
+
+Cost: in³/3 for the factor, about out·in² multiply-adds a sweep; 30·out·in² for healing, 10·out·in² for each round but
+the last. Memory: one float32 [in, in].
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ from torch import Tensor
 
 from fettle.errors import NonFiniteError, RecipeError
 from fettle.methods.prune.fields import Healing, PruneFields
-from fettle.methods.prune.healing import least_squares
+from fettle.methods.prune.healing import STEPS, least_squares
 from fettle.methods.prune.pruning import check_weight, stored
-from fettle.methods.prune.selection import KnownMask, TilePruner
+from fettle.methods.prune.schedule import prune_in_rounds, sparsities
+from fettle.methods.prune.selection import KnownMask, TilePruner, kept_by_score, on_the_way
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import in_tensor_units
 from fettle.methods.quantize.sharing import choose_shared
@@ -55,6 +60,7 @@ from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scales import stack
 from fettle.tensors.scheme import Scheme
 
+EARLY_STEPS = 10  # of healing in every round but the last
 Tiles = Sequence[tuple[slice, Pruner]]  # rows that are worked on together, and what decides their mask
 
 
@@ -68,6 +74,14 @@ class SparseGpt(PruneFields):
     statistics: ClassVar[tuple[str, ...]] = ("gram", "drift")
     objective: ClassVar[str] = "output_error"
 
+    rounds: int = field(
+        default=4,
+        metadata={
+            "help": "rounds that choose the mask and heal; 1, N:M and heal: none take the sweep's mask",
+            "minimum": 1,
+            "maximum": 64,
+        },
+    )
     heal: Healing = field(
         default="least_squares",
         metadata={"help": "move what stays so that the outputs change least, under the gram of the inputs"},
@@ -92,17 +106,20 @@ class SparseGpt(PruneFields):
         """Checks that the fields fit together.
 
         Raises:
-            RecipeError: as for every pruning method; rounds; blocks whose rows no tile holds whole.
+            RecipeError: as for every pruning method; blocks whose rows no tile holds whole.
         """
         super().validate()
         pattern = self.scheme("float32").shape_of_mask
-        if self.rounds > 1:
-            raise RecipeError(f"rounds={self.rounds}: sparsegpt prunes in one sweep; leave it out, or use wanda")
         if ROW_TILE % pattern.rows:
             raise RecipeError(
                 f"pattern={self.pattern!r}: sparsegpt works on {ROW_TILE} rows at a time; use blocks whose rows divide "
                 "that"
             )
+
+    def _steps(self) -> list[float]:
+        scheme = self.scheme("float32")
+        swept = self.rounds == 1 or scheme.shape_of_mask.kind == "n:m"
+        return [] if swept else sparsities(scheme.sparsity, self.rounds, self.schedule)
 
     def needs(self) -> tuple[str, ...]:
         """The gram; the drift where it is corrected."""
@@ -116,11 +133,31 @@ class SparseGpt(PruneFields):
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> MaskedTensor:
         """Prunes weight [out, in], and rounds what stays where codes are asked for."""
         check_weight(weight)
-        drift = statistics.get("drift") if self.correction > 0 else None
+        drift = statistics["drift"] * self.correction if self.correction > 0 and "drift" in statistics else None
         return sparsegpt(
             weight, statistics["gram"], self.scheme(dtype), damping=self.damping, clip=self.clip, heal=self.heal,
-            correction=self.correction, drift=drift,
+            drift=drift, steps=self._steps(),
         )  # fmt: skip
+
+
+def _in_rounds(
+    target: Tensor, factor: Factor, gram: Tensor, scheme: MaskedScheme, steps: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Values, float32 [out, in], and what stays, by rounds of the surgeon's saliency and healing."""
+    pattern, diagonal = scheme.shape_of_mask, inverse_diagonal(factor)
+    left = len(steps)
+
+    def prune(state: tuple[Tensor, Tensor], sparsity: float) -> tuple[Tensor, Tensor]:
+        kept = kept_by_score(state[0].square() / diagonal, on_the_way(pattern, sparsity), sparsity)
+        return state[0] * kept, kept
+
+    def heal(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal left
+        left -= 1
+        patience = EARLY_STEPS if left else STEPS
+        return least_squares(target, *state, gram, damping=factor.damping, steps=patience), state[1]
+
+    return prune_in_rounds((target, torch.ones_like(target, dtype=torch.bool)), steps, prune, heal)
 
 
 def sparsegpt(
@@ -131,10 +168,20 @@ def sparsegpt(
     damping: float = 0.01,
     clip: str = "search",
     heal: Healing = "none",
-    correction: float = 0.0,
     drift: Tensor | None = None,
+    steps: Sequence[float] = (),
 ) -> MaskedTensor:
     """Weight [out, in] pruned so that its outputs on inputs with this gram [in, in] change least; pure.
+
+    Args:
+        weight: [out, in], any floating type.
+        gram: float32 [in, in].
+        scheme: pattern, sparsity, values or codes.
+        damping: added to the gram's diagonal, as a part of its mean.
+        clip: how a group's range is chosen, where there are codes.
+        heal: whether what stays is moved to the optimum of the mask.
+        drift: float32 [in, in], as much of it as is to be made up for; None for none.
+        steps: the sparsity of each round, where healed rounds choose the mask; empty: the sweep does.
 
     Raises:
         NonFiniteError: NaN or infinity in the gram, or a scale or value beyond its type.
@@ -142,11 +189,14 @@ def sparsegpt(
     if not bool(torch.isfinite(gram.diagonal()).all()):
         raise NonFiniteError("the gram of this linear's inputs holds NaN or infinity; check the block before it")
     factor = factorize(gram, damping=damping, activation_order=False)
-    target = weight.float() if drift is None else corrected(weight, drift, factor, correction)
+    target = weight.float() if drift is None else corrected(weight, drift, factor, 1.0)
     if scheme.values is not None and heal == "none":
         return _with_codes(target, _tiles(target, scheme), factor, scheme, scheme.values, clip)
-    values, kept = _with_values(target, factor, scheme)
-    if heal == "least_squares":
+    if heal == "least_squares" and steps:
+        values, kept = _in_rounds(target, factor, gram, scheme, steps)
+    else:
+        values, kept = _with_values(target, factor, scheme)
+    if heal == "least_squares" and not steps:
         values = least_squares(target, values, kept, gram, damping=factor.damping)
     if scheme.values is None:
         return stored(values, kept, scheme)
