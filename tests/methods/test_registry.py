@@ -10,7 +10,7 @@ import yaml
 from fettle.errors import RecipeError
 from fettle.methods import registry
 from fettle.methods.registry import METHODS, from_fields, to_fields
-from fettle.methods.statistics import STATISTICS
+from fettle.methods.statistics import OF_THE_WEIGHT, STATISTICS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -18,8 +18,8 @@ def test_every_method_declares_itself(name: str) -> None:
     cls = registry.get(name)
     assert cls.name == name
     assert cls.title and cls.source
-    assert cls.objective in ("weight_error", "output_error", "robust_error")
-    assert set(cls.statistics) <= set(STATISTICS)
+    assert cls.objective in ("weight_error", "output_error", "robust_error", "first_order")
+    assert set(cls.statistics) <= set(STATISTICS) | OF_THE_WEIGHT
 
 
 @pytest.mark.parametrize("name", METHODS)

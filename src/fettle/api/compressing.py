@@ -42,6 +42,7 @@ from fettle.pipeline.summary import read_summary, summarize
 from fettle.progress import Progress, Silent
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
+from fettle.search.allocation import allocated
 from fettle.search.budget import Budget
 from fettle.search.choose import Choice, choose, probe_run
 
@@ -108,6 +109,7 @@ def compress(
         require_writable(Path(report))
     with stop_on_signals(output):
         choice = None
+        chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
         if budget is not None:
             probe = probe_run(
                 model, budget, chosen.calibration, device=device, threads=threads, generic=generic, basis=chosen.basis

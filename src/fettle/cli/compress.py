@@ -10,11 +10,23 @@ import typer
 
 from fettle import api
 from fettle.cli.flags import with_flags
-from fettle.cli.options import Candidates, Device, Generic, Json, MethodChoice, Model, RecipeChoice, ReportPath, Threads
+from fettle.cli.options import (
+    AllocationChoice,
+    Candidates,
+    Dense,
+    Device,
+    Generic,
+    Json,
+    MethodChoice,
+    Model,
+    RecipeChoice,
+    ReportPath,
+    Threads,
+)
 from fettle.cli.output import console, duration, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
-from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags
+from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags, with_masks
 from fettle.errors import UsageError
 from fettle.report.tables import warning
 from fettle.search.budget import Budget, parse_size
@@ -46,6 +58,8 @@ def run(
     size: Size = None,
     candidate: Candidates = None,
     free_fused: Free = False,
+    dense: Dense = False,
+    allocation: AllocationChoice = None,
     device: Device = "cpu",
     threads: Threads = None,
     fresh: Fresh = False,
@@ -67,11 +81,12 @@ def run(
           --calibration text.txt --windows 128 --length 256 --seed 0
       fettle compress ./llama -o llama-3bit --method gptq --bits 3 --rotate
       fettle compress demo -o small --bits-per-weight 3.5
+      fettle compress demo -o sparse --method sparsegpt --pattern 2:4 --bits 4
     """
     budget = _budget(bits_per_weight, size, candidate, free_fused)
     if budget is not None and (recipe is not None or method is not None):
         raise UsageError("--bits-per-weight and --size choose the recipe; leave out --recipe and --method")
-    chosen = chosen_recipe(recipe, method, fields)
+    chosen = with_masks(chosen_recipe(recipe, method, fields), dense=dense, allocation=allocation)
     note = calibration_note(chosen)
     if note:
         print(note, file=sys.stderr)

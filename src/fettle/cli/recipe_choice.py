@@ -81,6 +81,16 @@ def _unrotated(recipe: str | None, method: str | None, fields: Mapping[str, Any]
     return parse_recipe({**mapping, "calibration": {**mapping["calibration"], **calibration}}, recipe or DEFAULT_RECIPE)
 
 
+def with_masks(recipe: Recipe, *, dense: bool, allocation: str | None) -> Recipe:
+    """The recipe with what --dense and --allocation say.
+
+    Raises:
+        RecipeError: they do not fit its steps, or an unknown allocation.
+    """
+    keys = {**({"storage": "dense"} if dense else {}), **({"allocation": allocation} if allocation else {})}
+    return parse_recipe({**recipe.to_dict(), **keys}, recipe.name) if keys else recipe
+
+
 def calibration_note(recipe: Recipe) -> str:
     """What is said when no calibration text was given."""
     if recipe.calibration.text is not None or not any(step.method.statistics for step in recipe.steps):

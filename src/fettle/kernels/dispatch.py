@@ -12,6 +12,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from fettle.errors import UsageError, unknown_word
+from fettle.kernels.masked import masked_linear
 from fettle.kernels.reference import reference_linear
 from fettle.kernels.vectors import vector_linear
 from fettle.tensors.storages import Storage
@@ -46,6 +47,7 @@ KERNELS: tuple[Kernel, ...] = (  # the first that fits runs
         for storage in get_args(Storage)
     ),
     Kernel(op="linear", format="vector-codes", devices=(), name=REFERENCE, run=vector_linear),
+    Kernel(op="linear", format="masked", devices=(), name="reference (dense by tiles)", run=masked_linear),
 )
 
 

@@ -21,8 +21,13 @@ from torch.nn.functional import linear
 
 from fettle.tensors.activations import InputQuantizer
 from fettle.tensors.factored import FactoredTensor
-from fettle.tensors.packing import unpack_bits
-from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_input_scale, stored_shared
+from fettle.tensors.quantized import (
+    dequantize_rows,
+    row_tiles,
+    stored_input_scale,
+    stored_shared,
+    stored_zero_point,
+)
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.storages import code_tensor, unpack_codes
@@ -64,7 +69,8 @@ def _tiled(
     bias: Tensor | None,
 ) -> Tensor:
     found = stored_shared(state, scheme, scheme.scale_shape(shape))
-    shared = Shared(scale=found.scale, zero_point=_zero_point(state, scheme, shape[0]), levels=found.levels)
+    zero_point = stored_zero_point(state, scheme, shape[0])
+    shared = Shared(scale=found.scale, zero_point=zero_point, levels=found.levels)
     shared = shared.over(state["weight_global_scale"] if scheme.has_tensor_scale else None)
     remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
     wide = inputs.float()
@@ -81,14 +87,3 @@ def _tiled(
     if isinstance(remainder, FactoredTensor):
         product += remainder.multiply(wide)
     return product.to(inputs.dtype)
-
-
-def _zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features: int) -> Tensor | None:
-    """Zero points as uint8 codes [out, groups] (or [1, 1]); they are few, so all rows at once."""
-    if not scheme.zero_point:
-        return None
-    stored = state["weight_zero_point"]
-    if stored.dtype == torch.int32:
-        return unpack_bits(stored, scheme.grid.bits, out_features, axis=0)
-    codes = stored.to(torch.int16).add_(2 ** (scheme.grid.bits - 1)).to(torch.uint8)
-    return codes.reshape(1, 1) if scheme.granularity == "tensor" else codes

@@ -1,4 +1,4 @@
-"""A linear that keeps its weight as stored: packed codes, scales, zero points.
+"""A linear that keeps its weight as stored: packed codes, scales, zero points; or a mask and what stayed.
 
 The buffers have the names of the file (`weight_packed`, `weight_scale`, …), so `state_dict` is what a checkpoint holds.
 The product goes through `kernels.find`; nothing keeps a dense copy.
@@ -22,7 +22,7 @@ class QuantizedLinear(nn.Module):
         in_features: columns of the weight.
         out_features: rows of the weight.
         scheme: what the buffers mean.
-        storage: how they are laid out, "pack-quantized" or "int-quantized".
+        storage: how they are laid out, "pack-quantized", "int-quantized" or "masked".
         bias: [out] or None; a parameter, as in `nn.Linear`.
     """
 
@@ -51,7 +51,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized(self) -> CompressedWeight:
-        """The weight with its codes unpacked."""
+        """The weight with its codes or its mask unpacked."""
         return weight_from_state(self._state(), self.scheme, self.storage)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -32,7 +32,8 @@ class MatrixMethod(Protocol):
         title: a few words for people.
         source: the paper.
         statistics: names from `methods.statistics.STATISTICS` that `compress` may use; `needs` says which it wants.
-        objective: what it minimises: "weight_error" (‖W - V‖²) or "output_error" (tr(ΔGΔᵀ), Δ = W - V).
+        objective: what it minimises: "weight_error" (‖W - V‖²) or "output_error" (tr(ΔGΔᵀ), Δ = W - V), or
+            "first_order" (Σ |w·g| over what is pruned).
         __dataclass_fields__: the recipe keys, as `dataclasses.fields` lists them.
     """
 

@@ -1,7 +1,7 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py`. `METHODS` compress one matrix each;
-`BASES` put the whole model into other coordinates before.
+A method is registered by its import line in `methods/quantize/__init__.py` or `methods/prune/__init__.py`. `METHODS`
+compress one matrix each; `BASES` put the whole model into other coordinates before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import quantize
+from fettle.methods import prune, quantize
 from fettle.methods.protocols import BasisMethod, MatrixMethod
 
 Method = TypeVar("Method", bound=MatrixMethod | BasisMethod)
@@ -22,7 +22,8 @@ Method = TypeVar("Method", bound=MatrixMethod | BasisMethod)
 
 def _classes(verb: str) -> dict[str, Any]:
     """The methods that can do `verb`, by name: what the package imports beside them is none."""
-    found = (value for value in vars(quantize).values() if isinstance(value, type) and hasattr(value, verb))
+    held = (value for room in (quantize, prune) for value in vars(room).values())
+    found = (value for value in held if isinstance(value, type) and hasattr(value, verb))
     classes: list[Any] = [value for value in found if dataclasses.is_dataclass(value)]
     return {cls.name: cls for cls in classes}
 

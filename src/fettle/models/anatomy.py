@@ -263,7 +263,7 @@ class _Reader:
         if family.head is None or self.architecture == family.base_class:
             return None, False
         own = f"{family.head}.weight"
-        on_disk = any(name in self.checkpoint.entries for name in (own, f"{family.head}.weight_packed"))
+        on_disk = any(name in self.checkpoint.entries for name in (own, *coded_names(family.head)))
         tied = bool(self.checkpoint.config.get("tie_word_embeddings", family.tied_by_default)) and not on_disk
         if not tied:
             self._check(own, embedding.shape)
@@ -272,6 +272,11 @@ class _Reader:
         norm = None if family.residual is None else self.disk_prefix + family.residual.final
         inputs = f"{family.head}.inputs"
         return Linear(family.head, weight_name, "head", None, embedding.shape, slot, inputs, norm=norm), tied
+
+
+def coded_names(stem: str) -> tuple[str, str]:
+    """The tensors of which one is there where a matrix is stored as codes, or pruned."""
+    return f"{stem}.weight_packed", f"{stem}.weight_values"
 
 
 def shape_problem(checkpoint: Checkpoint, name: str, shape: tuple[int | None, ...]) -> str | None:
@@ -290,5 +295,7 @@ def shape_problem(checkpoint: Checkpoint, name: str, shape: tuple[int | None, ..
         )
         return None if fits else f"{name!r} has shape {list(found)}, expected {[e or '*' for e in shape]}"
     if f"{stem}.weight_packed" in entries and any(f"{stem}.{n}" in entries for n in ("weight_scale", "weight_levels")):
+        return None
+    if f"{stem}.weight_values" in entries:  # pruned
         return None
     return f"{name!r} is missing"

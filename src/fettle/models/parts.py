@@ -14,6 +14,7 @@ CODE_SUFFIXES = (
     ".weight_levels",
     ".weight_sparse_values", ".weight_sparse_columns", ".weight_sparse_offsets",
     ".weight_factor_left", ".weight_factor_right",
+    ".weight_mask", ".weight_mask_indices",
     ".input_scale", ".input_zero_point",
 )  # fmt: skip
 

@@ -14,10 +14,13 @@ from typing import Any
 
 from fettle.errors import RecipeError
 from fettle.methods.protocols import BlockMethod, MatrixMethod, Rescaler, RescalingMethod, Tuner
+from fettle.methods.statistics import OF_THE_WEIGHT
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.storage import input_obstacle
 from fettle.models.writer import shard_bytes
+from fettle.pipeline.loss_gradients import refuse_without_gradient
+from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.remainder import TensorSpec
 from fettle.tensors.weights import WeightScheme
 
@@ -36,8 +39,13 @@ class Compression:
     @property
     def statistics(self) -> tuple[str, ...]:
         """What the method wants to know of this linear's inputs."""
-        wanted = self.method.needs()
+        wanted = tuple(kind for kind in self.method.needs() if kind not in OF_THE_WEIGHT)
         return (*wanted, "input_range") if self.scheme.has_input_scale else wanted
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the method looks at the gradient of the loss for this weight."""
+        return bool(OF_THE_WEIGHT.intersection(self.method.needs()))
 
     @property
     def tuner(self) -> Tuner[Any] | None:
@@ -56,7 +64,7 @@ class Compression:
     @property
     def looks_at_data(self) -> bool:
         """Whether windows of text are needed."""
-        return bool(self.statistics) or self.tuner is not None or self.rescaler is not None
+        return bool(self.statistics) or self.wants_gradient or self.tuner is not None or self.rescaler is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +119,9 @@ def build_layout(
     compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
     for item in compressed.values():
         item.scheme.check_storage(item.scheme.storage_for(item.linear.shape, storage))
+        _check_mask(item, anatomy, assigned)
+        if item.wants_gradient:
+            refuse_without_gradient(item.linear, anatomy, item.method.name)
         obstacle = input_obstacle(item.linear) if item.scheme.activations is not None else None
         if obstacle:
             raise RecipeError(f"inputs cannot be quantized: {obstacle}; leave it out with where:, or activations: none")
@@ -131,8 +142,9 @@ def build_layout(
         specs: dict[str, TensorSpec] = {n: (checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in kept}
         for item in chosen:
             chosen_storage = item.scheme.storage_for(item.linear.shape, storage)
-            for local, spec in item.scheme.state_spec(item.linear.shape, chosen_storage).items():
-                specs[f"{item.linear.name}.{local}"] = spec
+            turned = storage == "dense" and item.linear.slot.transposed
+            for local, (kind, shape) in item.scheme.state_spec(item.linear.shape, chosen_storage).items():
+                specs[f"{item.linear.name}.{local}"] = (kind, shape[::-1] if turned else shape)
         shard = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
         units.append(
             Unit(
@@ -141,6 +153,22 @@ def build_layout(
             )
         )  # fmt: skip
     return Layout(units=tuple(units), storage=storage)
+
+
+def _check_mask(item: Compression, anatomy: Anatomy, assigned: Mapping[str, MatrixMethod]) -> None:
+    """Raises RecipeError for a pattern that does not divide a weight, and for a tied matrix pruned on one side."""
+    if not isinstance(item.scheme, MaskedScheme):
+        return
+    try:
+        item.scheme.shape_of_mask.check_shape(item.linear.shape)
+    except RecipeError as error:
+        raise RecipeError(f"{item.linear.name}: {error}") from None
+    sides = [linear.name for linear in (anatomy.embedding, anatomy.head) if linear is not None]
+    if anatomy.tied and item.linear.name in sides and any(name not in assigned for name in sides):
+        raise RecipeError(
+            f"{' and '.join(sides)} are one matrix, and the recipe prunes one side of it: both would lose the weights. "
+            "Name both, as in where: {role: [embedding, head]}, or leave it out"
+        )
 
 
 def compressions(anatomy: Anatomy, assigned: Mapping[str, MatrixMethod], dtype: str) -> list[Compression]:

@@ -32,9 +32,11 @@ from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
 from fettle.methods.protocols import BasisMethod, MatrixMethod
 from fettle.models.anatomy import Anatomy, Linear
+from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Scheme
 
-Storage = Literal["pack-quantized", "int-quantized"]
+Storage = Literal["pack-quantized", "int-quantized", "dense"]  # dense: pruned weights alone, zeros written out
+Allocation = Literal["uniform", "global", "sensitivity", "outliers"]
 NAMED_ONLY = frozenset({"embedding", "head", "router"})  # roles that a step must name to touch them
 
 
@@ -85,12 +87,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An ordered list of steps, the calibration and the storage format."""
+    """An ordered list of steps, the calibration and the storage format.
+
+    `allocation` says how the share that a single pruning step prunes is spread over its linears; `search/allocation.py`
+    turns any but "uniform" into a recipe with a step for each linear before a run is prepared.
+    """
 
     name: str
     steps: tuple[Step, ...]
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     storage: Storage = "pack-quantized"
+    allocation: Allocation = "uniform"
     basis: BasisMethod | None = None  # what the whole model passes through before the steps
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +112,8 @@ class Recipe:
             entry: dict[str, Any] = {"method": step.method.name, **registry.to_fields(step.method)}
             steps.append({**entry, "where": where} if where else entry)
         calibration = {k: v for k, v in dataclasses.asdict(self.calibration).items() if v is not None}
-        return {"name": self.name, "calibration": calibration, "storage": self.storage, "steps": steps}
+        spread = {} if self.allocation == "uniform" else {"allocation": self.allocation}
+        return {"name": self.name, "calibration": calibration, "storage": self.storage, **spread, "steps": steps}
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every default spelled out."""
@@ -151,6 +159,13 @@ class _Loader(yaml.SafeLoader):
         text.encode("utf-8")  # refuses half of a character, which an escape can spell
         return text
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | str:
+        """A whole number; 2:4 is a pattern here, and no 124 to the base of sixty."""
+        return str(node.value) if ":" in node.value else int(self.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+
 
 def shipped_recipes() -> list[Path]:
     """The recipes that come with the package."""
@@ -165,7 +180,7 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     """
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: a recipe is a mapping with the key 'steps', got {type(mapping).__name__}")
-    _refuse_unknown(mapping, ("name", "calibration", "storage", "steps"), origin, "recipe key")
+    _refuse_unknown(mapping, ("name", "calibration", "storage", "allocation", "steps"), origin, "recipe key")
     steps = mapping.get("steps")
     if not isinstance(steps, list) or not steps:
         raise RecipeError(f"{origin}: 'steps' must be a list with at least one step, got {steps!r}")
@@ -173,6 +188,9 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     if storage not in get_args(Storage):
         raise RecipeError(f"{origin}: {unknown_word('storage', str(storage), get_args(Storage))}")
     basis = _parse_basis(steps, origin)
+    allocation = mapping.get("allocation", "uniform")
+    if allocation not in get_args(Allocation):
+        raise RecipeError(f"{origin}: {unknown_word('allocation', str(allocation), get_args(Allocation))}")
     recipe = Recipe(
         name=str(mapping.get("name", Path(origin).stem)),
         basis=basis,
@@ -181,20 +199,43 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
         ),
         calibration=_parse_calibration(mapping.get("calibration") or {}, origin),
         storage=storage,
+        allocation=allocation,
     )
-    if storage == "int-quantized":
-        for step in recipe.steps:
+    check_recipe(recipe, origin)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, origin: str) -> None:
+    """Checks that storage, allocation and steps fit together.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    schemes = [(step.method.name, step.method.scheme("float32")) for step in recipe.steps]
+    for name, scheme in schemes:
+        if recipe.storage == "dense" and not isinstance(scheme, MaskedScheme):
+            raise RecipeError(
+                f"{origin}: storage dense writes pruned weights out with their zeros, and {name} gives codes; use "
+                "storage: pack-quantized, or a method that prunes"
+            )
+        if recipe.storage == "int-quantized":
             try:
-                step.method.scheme("float32").check_storage(storage)
+                scheme.check_storage(recipe.storage)
             except RecipeError as error:
                 raise RecipeError(f"{origin}: {error}") from None
-    return recipe
+    if recipe.allocation == "uniform":
+        return
+    if len(schemes) != 1 or not isinstance(schemes[0][1], MaskedScheme) or schemes[0][1].shape_of_mask.fixed_sparsity:
+        raise RecipeError(
+            f"{origin}: allocation {recipe.allocation} spreads the sparsity of one pruning step over its linears; give "
+            "one step, with the pattern layer, row or a block, or use allocation: uniform"
+        )
 
 
 def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: CalibrationOptions | None = None) -> Recipe:
     """The one-line form: one method for every linear of the blocks."""
     method = registry.from_fields(name, fields)
-    title = f"{method.name}-{method.scheme('float32').bits}bit"
+    title = _title(method)
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
 
@@ -206,12 +247,21 @@ def with_basis(recipe: Recipe, basis: BasisMethod) -> Recipe:
     return dataclasses.replace(recipe, basis=basis, name=f"{basis.name}-{recipe.name}")
 
 
+def _title(method: MatrixMethod) -> str:
+    """A name for a recipe of one method: gptq-4bit, wanda-50%, sparsegpt-2:4-4bit."""
+    scheme = method.scheme("float32")
+    if not isinstance(scheme, MaskedScheme):
+        return f"{method.name}-{scheme.bits}bit"
+    pruned = scheme.pattern if scheme.shape_of_mask.fixed_sparsity else f"{100 * scheme.sparsity:g}%"
+    return f"{method.name}-{pruned}" + (f"-{scheme.values.grid.bits}bit" if scheme.values is not None else "")
+
+
 def _usual_storage(method: MatrixMethod) -> Storage:
     """Integers to multiply with integers lie unpacked, as loaders of quantized inputs expect them."""
     scheme = method.scheme("float32")
-    whole = (
-        scheme.activations is not None and isinstance(scheme, Scheme) and scheme.grid.is_uniform and scheme.bits == 8
-    )
+    if not isinstance(scheme, Scheme):
+        return "pack-quantized"
+    whole = scheme.activations is not None and scheme.grid.is_uniform and scheme.bits == 8
     return "int-quantized" if whole else "pack-quantized"
 
 

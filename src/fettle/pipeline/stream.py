@@ -32,6 +32,7 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.skeleton import Skeleton
 from fettle.pipeline.journal import LedgerLine
 from fettle.pipeline.layout import Compression, Layout, Unit
+from fettle.pipeline.loss_gradients import LossGradients
 from fettle.tensors.levels import weight_sharing_ratio
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
@@ -132,7 +133,9 @@ def renewed(outcome: Outcome, quantized: CompressedWeight, weight: Tensor, secon
         seconds=outcome.line.seconds + seconds,
     )  # fmt: skip
     if isinstance(quantized, QuantizedTensor):
-        quantized = replace(quantized, input_scale=outcome.quantized.input_scale)
+        before = outcome.quantized
+        scale = before.input_scale if isinstance(before, QuantizedTensor) else None
+        quantized = replace(quantized, input_scale=scale)
     return Outcome(quantized=quantized, line=line)
 
 
@@ -154,6 +157,11 @@ class Stream:
             for ids in {len(window): window for window in job.windows}.values():
                 self.twin.embed(ids.unsqueeze(0))
             self.twin.free_head()
+        self._gradients: LossGradients | None = None
+        if any(item.wants_gradient for item in job.layout.compressions):
+            self._gradients = LossGradients(
+                job.checkpoint, job.anatomy, job.windows, device=job.device, workers=job.workers
+            )
         self.factors: dict[str, Tensor] = {}  # input group → what the loaded block's inputs were divided by, [in]
         count = len(job.windows)
         self.hidden = states[:count]
@@ -170,6 +178,10 @@ class Stream:
         self.skeleton.load_block(block)
         if self.twin is not None:
             self.twin.load_block(block)
+
+    def gradients(self, block: int) -> dict[str, Tensor]:
+        """The statistic "gradient" of a block's linears by name; nothing where no method looks at it."""
+        return {} if self._gradients is None else self._gradients.of_block(block)
 
     def free_block(self, block: int) -> None:
         """Takes the compressed block's memory back."""

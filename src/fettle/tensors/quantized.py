@@ -148,12 +148,7 @@ class QuantizedTensor:
         bits = scheme.grid.bits
         rows, groups = scheme.scale_shape(shape)
         codes = unpack_codes(state[code_tensor(storage)], scheme.grid, storage, shape[1])
-        zero_point = None
-        if scheme.zero_point:
-            stored = state["weight_zero_point"]
-            packed = stored.dtype == torch.int32
-            zero_point = unpack_bits(stored, bits, rows, axis=0) if packed else unsigned(stored, bits)
-            zero_point = zero_point.reshape(rows, groups)
+        zero_point = stored_zero_point(state, scheme, rows)
         if scheme.grid.level_count < 2**bits and int(codes.max()) >= scheme.grid.level_count:
             raise CheckpointError(
                 f"a code is {int(codes.max())}, and {scheme.describe()} has {scheme.grid.level_count} levels; the file "
@@ -188,6 +183,17 @@ def stored_shared(state: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int,
     stored = state["weight_scale"]
     scale = stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored
     return Shared(scale=scale.to(scheme.value_dtype).reshape(shape))
+
+
+def stored_zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features: int) -> Tensor | None:
+    """Zero points of a state as uint8 codes [out, groups] (or [1, 1]); None where the scheme has none."""
+    if not scheme.zero_point:
+        return None
+    stored = state["weight_zero_point"]
+    if stored.dtype == torch.int32:
+        return unpack_bits(stored, scheme.grid.bits, out_features, axis=0)
+    codes = unsigned(stored, scheme.grid.bits)
+    return codes.reshape(1, 1) if scheme.granularity == "tensor" else codes
 
 
 def stored_input_scale(state: Mapping[str, Tensor], scheme: Scheme) -> InputScale | None:

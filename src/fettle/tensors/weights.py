@@ -1,5 +1,5 @@
-"""What a stored weight may be: a code for each weight, or one for eight of them. Whoever only stores, reads or counts
-one need not know which; both answer the same questions.
+"""What a stored weight may be: a code for each weight, one for eight of them, or a mask with what stayed. Whoever only
+stores, reads or counts one need not know which; all answer the same questions.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from typing import Any
 from torch import Tensor
 
 from fettle.errors import RecipeError, unknown_word
+from fettle.tensors.masked import MaskedScheme, MaskedTensor
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.vectors import VectorScheme, VectorTensor
 
-WeightScheme = Scheme | VectorScheme
-CompressedWeight = QuantizedTensor | VectorTensor
+WeightScheme = Scheme | VectorScheme | MaskedScheme
+CompressedWeight = QuantizedTensor | VectorTensor | MaskedTensor
 
 
 def scheme_from_dict(mapping: dict[str, Any]) -> WeightScheme:
-    """The scheme whose `to_dict` this is; one without a kind is that of a code for each weight.
+    """The scheme whose `to_dict` this is; one without a pattern and a kind is that of a code for each weight.
 
     Raises:
         RecipeError: an unknown kind or key, or parts that do not fit together.
     """
+    if "pattern" in mapping:
+        return MaskedScheme.from_dict(mapping)
     kind = mapping.get("kind")
     if kind is None:
         return Scheme.from_dict(mapping)
@@ -41,9 +44,13 @@ def weight_from_state(state: Mapping[str, Tensor], scheme: WeightScheme, storage
     """
     if isinstance(scheme, VectorScheme):
         return VectorTensor.from_state(state, scheme, storage)
+    if isinstance(scheme, MaskedScheme):
+        return MaskedTensor.from_state(state, scheme, storage)
     return QuantizedTensor.from_state(state, scheme, storage)
 
 
 def kernel_format(scheme: WeightScheme, storage: str) -> str:
-    """The format that a kernel reads: vector codes have one of their own, whatever the recipe's codes are stored as."""
-    return "vector-codes" if isinstance(scheme, VectorScheme) else storage
+    """The format that a kernel reads: vector codes and masks have their own, whatever storage a recipe prefers."""
+    if isinstance(scheme, VectorScheme):
+        return "vector-codes"
+    return "masked" if isinstance(scheme, MaskedScheme) else storage

@@ -13,6 +13,7 @@ from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Linear, unreadable
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import QUANTIZATION_KEYS, damaged
+from fettle.models.masked_storage import MASK_NAMES
 from fettle.models.storage.modules import every_linear, input_obstacle
 from fettle.models.storage.standard import (
     bfloat16_obstacle,
@@ -46,7 +47,7 @@ def quantization_config(
     `storage` is the recipe's: `Scheme.storage_for` says what becomes of it for small floats. `model_dtype` is the type
     of the tensors that stay as they are, in which loaders run the model.
     """
-    if not schemes:
+    if not schemes or storage == "dense":  # plain weights need no word
         return {}
     linears = {linear.name: linear for linear in every_linear(anatomy)}
     distinct = list(dict.fromkeys(schemes.values()))
@@ -104,7 +105,7 @@ def _refuse_unexplained_codes(checkpoint: Checkpoint, *, explained: bool) -> Non
     """Raises `CheckpointError` for codes where the config names no scheme, and for whole numbers without a scale."""
     for name, entry in checkpoint.entries.items():
         stem, _, last = name.rpartition(".")
-        if last in ("weight_packed", "weight_scale") and not explained:
+        if last in ("weight_packed", "weight_scale", *MASK_NAMES) and not explained:
             raise CheckpointError(
                 f"tensor {name!r} holds codes or their scales, and config.json has no quantization_config that says "
                 f"how to read them. Copy config.json again, or compress the model again. ({checkpoint.folder})"
@@ -120,7 +121,7 @@ def _refuse_unexplained_codes(checkpoint: Checkpoint, *, explained: bool) -> Non
 def is_stored_as_codes(checkpoint: Checkpoint, linear: Linear) -> bool:
     """Whether codes and scales of `linear` are on disk; a tied head belongs to its embedding."""
     stem = linear.weight_name.removesuffix(".weight")
-    return any(f"{stem}.{name}" in checkpoint.entries for name in ("weight_scale", "weight_packed"))
+    return any(f"{stem}.{name}" in checkpoint.entries for name in ("weight_scale", "weight_packed", *MASK_NAMES))
 
 
 def _read_own(config: Mapping[str, Any], coded: list[Linear]) -> dict[str, StoredScheme]:

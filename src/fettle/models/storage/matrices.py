@@ -8,8 +8,10 @@ from torch import Tensor
 from fettle.errors import CheckpointError
 from fettle.models.anatomy import Linear
 from fettle.models.checkpoint import Checkpoint, check_finite
+from fettle.models.masked_storage import read_masked
 from fettle.models.storage.config import StoredScheme
 from fettle.tensors.activations import InputQuantizer
+from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.quantized import stored_input_scale
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.storages import code_tensor
@@ -25,6 +27,8 @@ _NAMES = (
 
 def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> CompressedWeight:
     """The codes, scales and zero points of `linear`; raises `NonFiniteError` for a scale that is NaN or infinite."""
+    if isinstance(stored.scheme, MaskedScheme):
+        return read_masked(checkpoint, linear, stored.scheme)
     stem = linear.weight_name.removesuffix(".weight")
     spec = stored.scheme.state_spec(linear.shape, stored.storage)
     names = dict.fromkeys((*_NAMES, *spec))

@@ -23,9 +23,11 @@ import torch
 from fettle.errors import CheckpointError
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.masked_storage import masked_obstacle
 from fettle.models.storage.modules import every_linear, module_name
 from fettle.tensors.activations import Activations
 from fettle.tensors.grid import Grid, uniform
+from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Granularity, Scheme
 from fettle.tensors.storages import FLOAT4, FLOAT8, PACKED_FLOATS, Storage
 from fettle.tensors.weights import WeightScheme
@@ -46,6 +48,8 @@ OWN_SCALES = {  # format → the type that its scales are stored in, the one tha
 
 def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, storage: str) -> str | None:
     """Why compressed-tensors cannot say `scheme` for `linear`, in words; None if it can."""
+    if isinstance(scheme, MaskedScheme):
+        return masked_obstacle(linear.name)
     if not isinstance(scheme, Scheme):
         return f"a code of {linear.name} stands for eight weights at once"
     name, columns, group = linear.name, linear.shape[1], scheme.group_size or 1
