@@ -13,8 +13,9 @@ from fettle import api
 from fettle.cli.flags import dataclass_flags, given, with_flags
 from fettle.cli.options import Device, Generic, Json, Model
 from fettle.cli.output import emit_json
-from fettle.engine.completion import complete_with, require_text, stream_completion
-from fettle.engine.sampling import Sampling
+from fettle.engine.completion import complete_with, stream_completion
+from fettle.engine.prompts import require_text
+from fettle.engine.sampler import Sampling
 from fettle.errors import UsageError
 from fettle.models.kv_cache import quantized_cache
 from fettle.tensors.cache_codes import CacheScheme

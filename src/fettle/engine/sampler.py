@@ -111,7 +111,9 @@ def adjusted(logits: NDArray[np.float32], draw: Draw) -> Row:
     sampling = draw.sampling
     if sampling.repetition_penalty != 1:
         seen = np.unique(np.asarray([*draw.prompt, *draw.made], dtype=np.int64))
-        row[seen] = np.where(row[seen] > 0, row[seen] / sampling.repetition_penalty, row[seen] * sampling.repetition_penalty)
+        row[seen] = np.where(
+            row[seen] > 0, row[seen] / sampling.repetition_penalty, row[seen] * sampling.repetition_penalty
+        )
     if draw.made and (sampling.presence_penalty or sampling.frequency_penalty):
         ids, counts = np.unique(np.asarray(draw.made, dtype=np.int64), return_counts=True)
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts

@@ -10,10 +10,11 @@ token that was drawn is never drawn again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fettle.engine.sampler import Sampling
+from fettle.engine.sampler import Draw, Sampling
 from fettle.errors import UsageError
 
 Stopped = Literal["end", "length", "context", "stop", "cancelled"]
@@ -138,9 +139,22 @@ class Sequence:
         """How many known tokens are not in the cache yet; 1 while it decodes."""
         return len(self.tokens) - self.computed
 
+    def draw(self, drafted: Listed[int] = ()) -> Draw:
+        """What decides the token behind all known ones and these drafted ones."""
+        request, penalized = self.request, self.request.sampling.penalizes
+        early = self.made_count + len(drafted) < request.min_tokens
+        return Draw(
+            sampling=request.sampling,
+            position=len(self.tokens) + len(drafted),
+            prompt=request.prompt if penalized else (),
+            made=[*self.made, *drafted] if penalized else (),
+            bias=request.logit_bias,
+            banned=self.ends if early else (),
+        )
+
     def append(self, token: int) -> Stopped | None:
         """Takes a drawn token and returns why this ends the sequence, if it does. An end is no part of the completion."""
-        if token in self.ends and self.made_count >= self.request.min_tokens:
+        if token in self.ends:
             self.stopped = "end"
             return self.stopped
         self.tokens.append(token)

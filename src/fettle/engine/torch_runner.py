@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from fettle.models.paged_kv_cache import Pages, paged_view
 class TorchRunner:
     """A loaded model over a paged cache."""
 
-    def __init__(self, loaded: LoadedModel, *, pages: int, page_size: int = 16) -> None:
+    def __init__(self, loaded: LoadedModel, *, pages: int, page_size: int = 16, threads: int | None = None) -> None:
         if pages < 1 or page_size < 1:
             raise UsageError(f"a cache of {pages} pages of {page_size} tokens holds nothing; both must be at least 1")
         self.loaded = loaded
@@ -37,7 +36,8 @@ class TorchRunner:
         self._model = loaded.model
         self._device = next(self._model.parameters()).device
         self._pages = Pages(pages, page_size)
-        self._ropes = _SwitchedRopes(self._model)
+        self._threads = threads
+        self._ropes = SwitchedRopes(self._model)
         config = self._model.config
         nothing = torch.zeros((1, 1), dtype=torch.int64, device=self._device)
         vocab_size = self._forward(nothing, nothing, nothing, nothing, 1, [1]).shape[-1]  # makes the pages, too
@@ -55,9 +55,12 @@ class TorchRunner:
         """Sizes of the cache and of the model."""
         return self._shape
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """As `Runner.run`."""
+        with torch.inference_mode(), torch_threads(self._threads):
+            return self._run(batch)
+
+    def _run(self, batch: Batch) -> NDArray[np.float32]:
         for source, target in batch.copies.tolist():
             self._pages.copy(source, target)
         starts = batch.query_starts
@@ -71,7 +74,9 @@ class TorchRunner:
         logits = np.empty((len(batch.logit_rows), self._shape.vocab_size), np.float32)
         for (count, is_long), members in groups.items():
             rows = starts[members][:, None] + np.arange(count)  # [members, count] indices into the batch's tokens
-            kept = int(wanted[rows].any(axis=0)[::-1].nonzero()[0].max(initial=-1)) + 1  # of the last tokens of each row
+            kept = (
+                int(wanted[rows].any(axis=0)[::-1].nonzero()[0].max(initial=-1)) + 1
+            )  # of the last tokens of each row
             found = self._group(batch, members, rows, kept, is_long)  # [members, kept, vocab]
             if kept:
                 asked = wanted[rows[:, count - kept :]]
@@ -79,12 +84,12 @@ class TorchRunner:
                 logits[places] = found[torch.from_numpy(asked)].float().cpu().numpy()
         return logits
 
-    def _group(
-        self, batch: Batch, members: list[int], rows: NDArray[np.int32], kept: int, is_long: bool
-    ) -> Tensor:
+    def _group(self, batch: Batch, members: list[int], rows: NDArray[np.int32], kept: int, is_long: bool) -> Tensor:
         lengths = batch.context_lengths[members]  # [members]
         longest, size = int(lengths.max()), self._pages.page_size
-        places = np.arange(longest) - (longest - lengths)[:, None]  # [members, longest] positions, negative where padded
+        places = (
+            np.arange(longest) - (longest - lengths)[:, None]
+        )  # [members, longest] positions, negative where padded
         table = batch.page_table[members]
         pages = np.take_along_axis(table, np.maximum(places, 0) // size, axis=1)
         read = pages.astype(np.int64) * size + np.maximum(places, 0) % size
@@ -135,7 +140,7 @@ def require_head(loaded: LoadedModel) -> None:
         )
 
 
-class _SwitchedRopes:
+class SwitchedRopes:
     """The rotary modules of a longrope model, held to one set of factors for the time of a call.
 
     transformers chooses by the largest position of the call, so a short row beside a long one, or the first chunk of a
@@ -165,8 +170,15 @@ class _SwitchedRopes:
                 module.rope_type = "longrope"
 
 
-def open_torch_model(folder: Path, *, device: str = "cpu", generic: bool = False) -> LoadedModel:
-    """Loads the folder for a `TorchRunner`."""
-    from fettle.models.loading import load
-
-    return load(folder, device=device, generic=generic)
+@contextlib.contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Inside, torch computes with so many threads; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
