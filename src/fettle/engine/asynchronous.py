@@ -1,7 +1,7 @@
 """The engine under asyncio: steps run in a thread of their own, requests come and go between them.
 
-The engine itself is not made for two threads. So what arrives while a step computes is put down, and taken in before the next
-one; a cancelled request is gone within that step. The loop runs while there is work and sleeps otherwise.
+The engine itself is not made for two threads. So what arrives while a step computes is put down, and taken in before
+the next one; a cancelled request is gone within that step. The loop runs while there is work and sleeps otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class AsyncEngine:
             self.engine.cancel(number)
 
     async def stream(self, request: Request) -> AsyncIterator[Update]:
-        """What every step does for a request; the last update holds the completion. Leaving it early cancels the request.
+        """What every step does for a request; the last update holds the completion. Leaving it early cancels it.
 
         Raises:
             FettleError: as `Engine.add` and `Engine.step`.

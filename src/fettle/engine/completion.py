@@ -1,7 +1,7 @@
 """Completing one prompt with a model in memory: the engine with a single request.
 
-`open_engine` is for serving; this is for a `LoadedModel` that is there already, and its cache is just as large as the prompt and
-its completion.
+`open_engine` is for serving; this is for a `LoadedModel` that is there already, and its cache is just as large as the
+prompt and its completion.
 """
 
 from __future__ import annotations

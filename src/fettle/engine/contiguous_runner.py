@@ -1,8 +1,9 @@
 """A runner without pages: each sequence has a cache of transformers' own kind, one behind the other in memory.
 
-In the terms of the seam a page is a whole context, so the scheduler needs to know nothing: a sequence holds one page, and a page
-that is written from position 0 is another sequence's. It runs caches that cannot be cut into pages, such as one that keeps old
-tokens as codes, and with a plain cache it is what the paged runner is compared with. Sequences run one by one.
+In the terms of the seam a page is a whole context, so the scheduler needs to know nothing: a sequence holds one page,
+and a page that is written from position 0 is another sequence's. It runs caches that cannot be cut into pages, such as
+one that keeps old tokens as codes, and with a plain cache it is what the paged runner is compared with. Sequences run
+one by one.
 """
 
 from __future__ import annotations

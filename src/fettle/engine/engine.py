@@ -4,10 +4,10 @@
     (who, which  (drafts)  (the    (a token   (text, stops,
      tokens)               model)   a row)     pages back)
 
-The scheduler touches no tensor and the runner no request; this is where they meet. A request's tokens depend on the model, the
-prompt, its own settings and its seed: not on what else runs, in which chunks its prompt was read, what was reused,
-guessed, thrown out or computed again. (The model's rounding may depend on the shape of a batch; in float32 that moves a token
-only where two are as good as equally likely.)
+The scheduler touches no tensor and the runner no request; this is where they meet. A request's tokens depend on the
+model, the prompt, its own settings and its seed: not on what else runs, in which chunks its prompt was read, what was
+reused, guessed, thrown out or computed again. (The model's rounding may depend on the shape of a batch; in float32
+that moves a token only where two are as good as equally likely.)
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Completion:
         text: without the prompt and without the stop text; empty where the engine has no tokenizer.
         tokens: all that were made; those of a stop text are among them.
         prompt_tokens: how many the prompt has.
-        stopped: "end" of text by the model; max_tokens gave the "length"; the model's "context" is full; a "stop" text came;
-            or it was "cancelled".
+        stopped: "end" of text by the model; max_tokens gave the "length"; the model's "context" is full; a "stop"
+            text came; or it was "cancelled".
         logprobs: one for each token, where they were asked for.
         reused_tokens: of the prompt, taken over from others at the first start.
         waiting_seconds: until its first step began.

@@ -1,6 +1,6 @@
 """Who holds which page of the key-value cache: reference counts, prefix reuse by hash, least recently used eviction.
 
-A page is `page_size` neighbouring tokens of one sequence. A full page is sealed with a hash that covers everything before it,
+A page is `page_size` neighbouring tokens of one sequence. A full page is sealed with a hash of all up to its end,
 
     hash_i = H(hash_{i-1}, tokens of page i)        hash_{-1} = H(salt)
 
@@ -103,7 +103,7 @@ class PagedCache:
                     self._free.move_to_end(page, last=False)  # worth nothing to anybody: the first to be taken
 
     def seal(self, page: int, before: bytes | None, tokens: Listed[int], salt: bytes = b"") -> bytes:
-        """Makes a full page findable and returns its hash; `before` is the hash of the page in front, None for the first.
+        """Makes a full page findable and returns its hash; `before` is that of the page in front, if there is one.
 
         Where another page already has the same prefix, that one stays the one to be found.
         """

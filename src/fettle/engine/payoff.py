@@ -2,10 +2,11 @@
 
     gain(k) = (1 - a^(k+1)) / ((1 - a) · (1 + c·k))        a: a guess is right; c: seconds a guess adds, in plain steps
 
-(Leviathan et al. 2023, theorem 3.8, with a guess's share of drafting and of checking in c.) a is counted for each sequence and
-drawn towards that of all; c is a median of measured steps that decode the same number of sequences, since what a guess costs
-depends on it. k is where gain(k) is largest; where that is less than a few percent, nothing is guessed. Then a short
-trial follows after 64 steps, and after twice as many each time it finds the same, so what does not pay costs under 3%.
+(Leviathan et al. 2023, theorem 3.8, with a guess's share of drafting and of checking in c.) a is counted for each
+sequence and drawn towards that of all; c is a median of measured steps that decode the same number of sequences,
+since what a guess costs depends on it. k is where gain(k) is largest; where that is less than a few percent, nothing
+is guessed. Then a short trial follows after 64 steps, and after twice as many each time it finds the same, so what
+does not pay costs under 3%.
 
 Only speed depends on the clock: no token does.
 """

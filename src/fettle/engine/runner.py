@@ -1,10 +1,10 @@
 """The seam between requests and arithmetic: what the engine asks of a model, whoever runs it.
 
-A runner owns the weights and a key-value cache cut into pages of `page_size` tokens. It knows no request: a step hands it
-tokens, their positions, and for each sequence the pages that hold its past; it hands back logits. Between calls it keeps
-nothing but the pages' contents, so whatever the scheduler decides (who runs, in which chunks, who shares a page, who is
-thrown out and computed again) is told anew at every call. Only ints and numpy arrays cross the seam; a data plane without
-torch needs none.
+A runner owns the weights and a key-value cache cut into pages of `page_size` tokens. It knows no request: a step
+hands it tokens, their positions, and for each sequence the pages that hold its past; it hands back logits. Between
+calls it keeps nothing but the pages' contents, so whatever the scheduler decides (who runs, in which chunks, who
+shares a page, who is thrown out and computed again) is told anew at every call. Only ints and numpy arrays cross the
+seam; a data plane without torch needs none.
 
     slot of the token at position p of sequence i = page_table[i, p // page_size] · page_size + p mod page_size
 
@@ -49,7 +49,7 @@ class RunnerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One call: T tokens of S sequences, one sequence behind the other, prefill and decode mixed. All int32, contiguous.
+    """One call: T tokens of S sequences, one behind the other, prefill and decode mixed. All int32, contiguous.
 
     Attributes:
         tokens: [T] ids.

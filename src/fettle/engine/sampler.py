@@ -4,11 +4,12 @@
     p  = softmax(l / temperature), cut to the top_k largest, then to the nucleus top_p, then to p ≥ min_p · max p
     token = argmin_i  e_i / p_i        e_i ~ Exp(1), from a counter: (seed, position)
 
-The last line draws from p exactly (the exponential race, which is the Gumbel trick after taking logarithms: the first of
-independent clocks with rates p_i rings at i with probability p_i). The noise of a position depends on the request's seed
-and the position alone, so a request's tokens are the same alone or in a batch, undisturbed or computed again after it was
-thrown out, and whatever was drafted for it: a draft that races with the same noise mostly picks the same token
-(Daliri, Musco and Suresh 2024, https://arxiv.org/abs/2408.07978), which is what `speculative.py` lives on.
+The last line draws from p exactly (the exponential race, which is the Gumbel trick after taking logarithms: the first
+of independent clocks with rates p_i rings at i with probability p_i). The noise of a position depends on the
+request's seed and the position alone, so a request's tokens are the same alone or in a batch, undisturbed or computed
+again after it was thrown out, and whatever was drafted for it: a draft that races with the same noise mostly picks
+the same token (Daliri, Musco and Suresh 2024, https://arxiv.org/abs/2408.07978), which is what `speculative.py` lives
+on.
 
 Temperature 0 means the largest logit; of equal ones the first, as `argmax` has it. Sources: nucleus, Holtzman et al.
 2019, https://arxiv.org/abs/1904.09751; min_p, Nguyen et al. 2024, https://arxiv.org/abs/2407.01082; repetition penalty,
@@ -152,7 +153,7 @@ def race(chances: Row, seed: int, position: int) -> int:
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> Row:
-    """log softmax, float64 [vocab]: what the model itself says, untempered."""
+    """Log softmax, float64 [vocab]: what the model itself says, untempered."""
     row = logits.astype(np.float64)
     row -= row.max()
     row -= np.log(np.exp(row).sum())

@@ -4,13 +4,14 @@ Every step is planned anew (Yu et al. 2022, Orca; https://www.usenix.org/confere
 sequence leaves at once and the next one takes its place, nobody waits for a batch to end. The order is that of arrival:
 
 1. each decoding sequence gets its one token;
-2. what is left of the step's tokens goes to prompts that are under way, in chunks, so that a long prompt never stops the
-   others (Agrawal et al. 2023, SARATHI; https://arxiv.org/abs/2308.16369);
+2. what is left of the step's tokens goes to prompts that are under way, in chunks, so that a long prompt never stops
+   the others (Agrawal et al. 2023, SARATHI; https://arxiv.org/abs/2308.16369);
 3. then new prompts are let in, as long as their pages are free, beginning behind the longest prefix that the cache has;
 4. what is still left may check drafted tokens.
 
-Where the pages do not suffice, the youngest sequence gives up its own and is computed again later; the oldest one never does,
-so it always finishes, then the next: nobody starves. Recomputing is cheaper than it looks, as sealed pages stay findable.
+Where the pages do not suffice, the youngest sequence gives up its own and is computed again later; the oldest one
+never does, so it always finishes, then the next: nobody starves. Recomputing is cheaper than it looks, as sealed
+pages stay findable.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ class Scheduler:
             switch = self.shape.rope_switch
             sequence.long = switch is not None and known > switch
             found = self.cache.find(sequence.tokens, _salt(sequence))
-            # A page more for its next token, one for each that runs already, and one to copy into where it is known whole.
+            # A page more for its next token, one for each that runs, and one to copy into where it is known whole.
             needed = self.cache.pages_for(known + 1) - len(found) + len(self.running)
             needed += len(found) * self.shape.page_size == known
             if needed > self.cache.free_after(found):

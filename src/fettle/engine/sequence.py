@@ -38,7 +38,7 @@ class Request:
     """
 
     prompt: tuple[int, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 64
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ class Sequence:
         )
 
     def append(self, token: int) -> Stopped | None:
-        """Takes a drawn token and returns why this ends the sequence, if it does. An end is no part of the completion."""
+        """Takes a drawn token; returns why this ends the sequence, if it does. An end is not part of the tokens."""
         if token in self.ends:
             self.stopped = "end"
             return self.stopped

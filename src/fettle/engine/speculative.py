@@ -1,16 +1,18 @@
 """Speculative decoding: guess some tokens cheaply, check them all in one step of the model, keep what is right.
 
-Leviathan, Kalman and Matias 2023 (https://arxiv.org/abs/2211.17192). A step that computes k guessed tokens beside the known one
-gives the model's distributions at k + 1 places. With a guess right with probability a, and a guess that costs c steps,
+Leviathan, Kalman and Matias 2023 (https://arxiv.org/abs/2211.17192). A step that computes k guessed tokens beside the
+known one gives the model's distributions at k + 1 places. With a guess right with probability a, and a guess that
+costs c steps,
 
     tokens a step = (1 - a^(k+1)) / (1 - a)        gain(k) = tokens a step / (1 + c·k)
 
 Exact by construction: at every place the engine draws its token from the model's own distribution, as if nobody had
-guessed, and a guess counts where it is that token. Leviathan's test (keep x with min(1, p(x)/q(x)), else draw from the rest) has
-the same law but makes the tokens depend on the guesses. Here the drafter races with the same noise as the model (`sampler.race`,
-Daliri et al. 2024, https://arxiv.org/abs/2408.07978), so the tokens are bit for bit those of a run without speculation, for greedy
-and for sampled requests alike, whatever is guessed and whenever guessing is switched off. The price: a guess is right with
-probability at least (1 - d)/(1 + d) instead of 1 - d, d the total variation between p and q; equal for prompt look-up and for greedy.
+guessed, and a guess counts where it is that token. Leviathan's test (keep x with min(1, p(x)/q(x)), else draw from
+the rest) has the same law but makes the tokens depend on the guesses. Here the drafter races with the same noise as
+the model (`sampler.race`, Daliri et al. 2024, https://arxiv.org/abs/2408.07978), so the tokens are bit for bit those
+of a run without speculation, for greedy and for sampled requests alike, whatever is guessed and whenever guessing is
+switched off. The price: a guess is right with probability at least (1 - d)/(1 + d) instead of 1 - d, d the total
+variation between p and q; equal for prompt look-up and for greedy.
 
 `payoff.py` measures a and c while the engine runs, chooses k by the formula, and stops guessing where no k gains.
 """
@@ -45,8 +47,8 @@ class Drafter(Protocol):
 class PromptLookup:
     """Guesses that what followed the last few tokens before follows them again; no model needed.
 
-    The longest of the last `longest` … `shortest` tokens that stands in the text already is looked up, its newest place first
-    (Saxena 2023, prompt lookup decoding). Cost: a dictionary entry a token and length.
+    The longest of the last `longest` … `shortest` tokens that stands in the text already is looked up, its newest
+    place first (Saxena 2023, prompt lookup decoding). Cost: a dictionary entry a token and length.
     """
 
     def __init__(self, *, longest: int = 4, shortest: int = 2) -> None:
@@ -86,13 +88,13 @@ class DraftModel:
         mine, its = runner.shape, target.shape
         if mine.vocab_size != its.vocab_size:
             raise UsageError(
-                f"the draft model has {mine.vocab_size} tokens and the model {its.vocab_size}; a draft model needs the same "
-                "vocabulary, such as a smaller model of the family or the model's own compressed version"
+                f"the draft model has {mine.vocab_size} tokens and the model {its.vocab_size}; a draft model needs the "
+                "same vocabulary, such as a smaller model of the family or the model's own compressed version"
             )
         if (mine.pages, mine.page_size) != (its.pages, its.page_size):
             raise UsageError(
-                f"the draft model's cache has {mine.pages} pages of {mine.page_size} tokens and the model's {its.pages} of "
-                f"{its.page_size}; open both alike"
+                f"the draft model's cache has {mine.pages} pages of {mine.page_size} tokens and the model's "
+                f"{its.pages} of {its.page_size}; open both alike"
             )
         self._runner = runner
         self._fed: dict[int, tuple[int, int, list[int]]] = {}  # number → restarts, known tokens fed, guessed ones fed
@@ -133,7 +135,7 @@ class DraftModel:
         return min(known, len(sequence.tokens) - 1)
 
     def _first(self, sequence: Sequence) -> Piece:
-        """The tokens up to the last known one; what is far behind is read before, alone, as it may lie in shared pages."""
+        """The tokens up to the last known one; what is far behind is read before, alone: its pages may be shared."""
         held, last = self._held(sequence), len(sequence.tokens) - 1
         if held == 0 or last - held > FEW_TOKENS:
             for start in range(held, last, CATCH_UP_TOKENS):

@@ -1,10 +1,12 @@
 """The reference runner: any causal model that `fettle.load` gives, through transformers, on any device.
 
-A batch is cut into groups of sequences with equally many new tokens (all decoding ones are one group), each group is one
-forward of a rectangle, and pasts of different lengths are padded on the left, so no family needs code of its own. Longrope
-models hold two sets of rotary factors and choose by the longest row of a call; here each group says which one it needs.
+A batch is cut into groups of sequences with equally many new tokens (all decoding ones are one group), each group is
+one forward of a rectangle, and pasts of different lengths are padded on the left, so no family needs code of its own.
+Longrope models hold two sets of rotary factors and choose by the longest row of a call; here each group says which
+one it needs.
 
-Tokens are those of transformers' own generation. Cost beside the model's arithmetic: copying every row's past in every block.
+Tokens are those of transformers' own generation. Cost beside the model's arithmetic: copying every row's past in
+every block.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Text out: tokens become text piece by piece, and a stop text ends it before anybody saw its beginning.
 
-One token may be half a character, and what a token says may depend on its neighbours, so a piece is what the decoded text
-gains by a token, decoded together with the tokens of the last few pieces. What could still become a stop text is held back
-until it cannot. Cost: a token is decoded a few times, whatever the length of the text.
+One token may be half a character, and what a token says may depend on its neighbours, so a piece is what the decoded
+text gains by a token, decoded together with the tokens of the last few pieces. What could still become a stop text is
+held back until it cannot. Cost: a token is decoded a few times, whatever the length of the text.
 """
 
 from __future__ import annotations

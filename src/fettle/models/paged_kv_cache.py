@@ -1,14 +1,15 @@
 """A paged key-value cache that any model of transformers can read: it gathers a sequence's pages when attention asks.
 
-The pages of all blocks are allocated once, [pages, page_size, heads, width] for keys and for values; a call names the slots
-that it writes and, for each row, the slots that it reads. Rows with pasts of different lengths are aligned at their right
-end, exactly as transformers' own batched generation pads prompts on the left, so causal masks and sliding windows
-come out right for every family, and masked slots are never looked at:
+The pages of all blocks are allocated once, [pages, page_size, heads, width] for keys and for values; a call names the
+slots that it writes and, for each row, the slots that it reads. Rows with pasts of different lengths are aligned at
+their right end, exactly as transformers' own batched generation pads prompts on the left, so causal masks and sliding
+windows come out right for every family, and masked slots are never looked at:
 
     row 0   · · · a b c | q          gathered [rows, longest]; the mask covers the dots
     row 1   d e f g h i | q
 
-It is the reference: gathering copies the past of every row in every block. Memory: the pages, and one block's gathered past.
+It is the reference: gathering copies the past of every row in every block. Memory: the pages, and one block's gathered
+past.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -69,7 +69,8 @@ def paged_view(pages: Pages, blocks: int, written: Tensor, read: Tensor) -> Any:
         pages: the cache.
         blocks: how many blocks the model has.
         written: slots of the new tokens, int64 [rows, tokens].
-        read: slots of every row's whole context, the new tokens last, int64 [rows, longest]; anything where it is padded.
+        read: slots of every row's whole context, the new tokens last, int64 [rows, longest]; anything where it is
+            padded.
     """
     from transformers.cache_utils import Cache
 
