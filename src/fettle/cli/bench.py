@@ -34,7 +34,7 @@ def run(
     threads: Threads = None,
     prompt_tokens: Prompt = None,
     new_tokens: New = DEFAULTS.new_tokens,
-    batches: Batches = ",".join(map(str, DEFAULTS.batches)),
+    batches: Batches = "1,4,8,16",
     repetitions: Repetitions = DEFAULTS.repetitions,
     device: Device = "cpu",
     generic: Generic = False,

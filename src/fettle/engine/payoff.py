@@ -5,8 +5,8 @@
 (Leviathan et al. 2023, theorem 3.8, with a guess's share of drafting and of checking in c.) a is counted for each
 sequence and drawn towards that of all; c is a median of measured steps that decode the same number of sequences,
 since what a guess costs depends on it. k is where gain(k) is largest; where that is less than a few percent, nothing
-is guessed. Then a short trial follows after 64 steps, and after twice as many each time it finds the same, so what
-does not pay costs under 3%.
+is guessed. A trial of three steps with one guess follows after 64 steps, later and later as long as it finds the same,
+and never so often that trials take more than a fiftieth of the time.
 
 Only speed depends on the clock: no token does.
 """
@@ -22,7 +22,8 @@ from fettle.errors import UsageError
 
 LEAST_GAIN = 1.05
 TRIAL_STEPS = 3  # the first also reads what a draft model has missed, and is not timed
-FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # plain steps between trials
+FIRST_PAUSE = 64  # plain steps between trials, at least
+TRIALS_SHARE = 0.02  # of the time, for trials that found nothing
 REFRESH = 64  # a plain step after so many with guesses, so that its seconds stay known
 TIMED = 15  # steps that a median is of
 DECAY, PRIOR = 0.9, 4.0  # how fast a sequence's own counts fade; how many counts the others' weigh
@@ -37,6 +38,7 @@ class _Size:
     trial: int = TRIAL_STEPS
     pause: int = FIRST_PAUSE
     waited: int = 0
+    wasted: float = 0.0  # by the trial under way, in plain steps
     guessed_steps: int = 0
     untimed: bool = True  # the next step with guesses catches up
 
@@ -75,7 +77,7 @@ class Payoff:
         if len(size.plain) < 2 or size.guessed_steps >= REFRESH:
             return 0
         if size.trial > 0:
-            return min(2, self.most)
+            return 1
         return self._best(self._rate(sequence), median(size.costs) if size.costs else 0.0)
 
     def observe(self, seconds: float, guesses: int) -> None:
@@ -91,16 +93,25 @@ class Payoff:
                     size.trial, size.waited = TRIAL_STEPS, 0
             return
         size.guessed_steps += 1
-        if not size.untimed and size.plain:
-            plain = median(size.plain)
+        size.waited = 0
+        if not size.plain:
+            return
+        plain = median(size.plain)
+        if not size.untimed:
             size.costs.append(max(0.0, seconds - plain) / plain * self._rows / guesses)
         size.untimed = False
-        size.waited = 0
         if size.trial > 0:
-            size.trial -= 1
-            if size.trial == 0:
-                pays = self._best(self._shared_rate(), median(size.costs) if size.costs else 0.0) > 0
-                size.pause = FIRST_PAUSE if pays else min(2 * size.pause, LONGEST_PAUSE)
+            size.wasted += max(0.0, seconds / plain - 1)
+            self._end_trial(size)
+
+    def _end_trial(self, size: _Size) -> None:
+        """Judges a trial when it is over, or as soon as no guess could ever pay."""
+        cost = median(size.costs) if size.costs else 0.0
+        size.trial = 0 if cost > 1 else size.trial - 1
+        if size.trial == 0:
+            pays = self._best(self._shared_rate(), cost) > 0
+            size.pause = FIRST_PAUSE if pays else max(2 * size.pause, round(size.wasted / TRIALS_SHARE))
+            size.wasted = 0.0
 
     def count(self, sequence: Sequence, guessed: int, accepted: int) -> None:
         """So many of a sequence's guesses were right, up to the first wrong one."""

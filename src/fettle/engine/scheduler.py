@@ -201,9 +201,9 @@ class Scheduler:
             switch = self.shape.rope_switch
             sequence.long = switch is not None and known > switch
             found = self.cache.find(sequence.tokens, _salt(sequence))
-            # A page more for its next token, one for each that runs, and one to copy into where it is known whole.
-            needed = self.cache.pages_for(known + 1) - len(found) + len(self.running)
-            needed += len(found) * self.shape.page_size == known
+            # A page more for its next token, one to copy into where it is known whole, and what the others need next.
+            needed = self.cache.pages_for(known + 1) - len(found) + (len(found) * self.shape.page_size == known)
+            needed += sum(map(self._next_pages, self.running))
             if needed > self.cache.free_after(found):
                 if self.running:
                     return
@@ -213,6 +213,11 @@ class Scheduler:
             assert fits, "a sequence that the cache cannot hold was refused when it came"
             self.running.append(self.waiting.pop(0))
             planned[sequence.number] = Work(sequence, min(sequence.missing, self._left(planned)))
+
+    def _next_pages(self, sequence: Sequence) -> int:
+        """How many pages a running sequence will ask for within a page of tokens."""
+        longest = len(sequence.request.prompt) + sequence.limit
+        return self.cache.pages_for(min(len(sequence.tokens) + self.shape.page_size, longest)) - len(sequence.pages)
 
     def _take_over(self, sequence: Sequence, found: list[int], copies: list[tuple[int, int]]) -> None:
         """Begins behind a known prefix; of a prompt that is known whole, the last token is computed for its logits."""

@@ -63,10 +63,11 @@ class SpeedOptions:
         """
         if self.new_tokens < 2:
             raise UsageError(f"new_tokens is {self.new_tokens}; it must be at least 2: the first belongs to the prompt")
-        values = (("prompt_tokens", self.prompt_tokens), ("repetitions", self.repetitions), ("batches", *self.batches))
-        for name, *counts in values:
+        for name, counts in (
+            ("prompt_tokens", (self.prompt_tokens,)), ("repetitions", (self.repetitions,)), ("batches", self.batches)
+        ):  # fmt: skip
             if not counts or min(counts) < 1:
-                raise UsageError(f"{name} is {counts[0] if counts else 'empty'}; it must be at least 1")
+                raise UsageError(f"{name} is {min(counts, default='empty')}; it must be at least 1")
 
     @property
     def cache_tokens(self) -> int:
