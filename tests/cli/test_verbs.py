@@ -401,7 +401,9 @@ def test_a_conversation_is_a_turn_a_line(
     assert first["text"] and "\n".join(answers).startswith(first["text"])
 
 
-def test_bench_measures_everything_and_says_the_shares(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_measures_everything_and_says_the_shares(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ["--prompt-tokens", "32", "--new-tokens", "3", "--batches", "1,4", "--repetitions", "2", "--threads", "1"]
     found = run_json(capsys, "bench", tiny_llama, *small)
     assert set(found["decode_tokens_per_second"]) == {"1", "4"}
@@ -410,8 +412,11 @@ def test_bench_measures_everything_and_says_the_shares(tiny_llama: Path, capsys:
     wanted = found["weight_bytes"] * found["decode_tokens_per_second"]["1"] / found["read_bytes_per_second"]
     assert found["memory_bandwidth_share"] == pytest.approx(wanted)
     assert 0 < found["arithmetic_share"] < 1
-    assert main(["bench", str(tiny_llama), *small]) == 0
+    page = tmp_path / "speed.html"
+    assert main(["bench", str(tiny_llama), *small, "--report", str(page)]) == 0
     assert "decode, 4 at once" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8").count("<svg") == 2
+    assert "decode, 4 at once" in page.read_text(encoding="utf-8")
     for wrong, words in (
         (["--batches", "1,x"], "no list of numbers"),
         (["--prompt-tokens", "600"], "context holds 512"),

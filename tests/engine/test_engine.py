@@ -113,6 +113,13 @@ def test_a_cancelled_request_is_gone_and_the_others_do_not_notice() -> None:
     assert engine.scheduler.cache.free_pages == 64
 
 
+def test_one_request_that_cannot_be_leaves_none_behind() -> None:
+    engine = recalling()
+    with pytest.raises(UsageError, match="max_tokens is 0"):
+        engine.generate([Request(prompt=(1,)), Request(prompt=(1,), max_tokens=0)])
+    assert not engine.busy and not engine.scheduler.waiting
+
+
 def test_damaged_logits_drop_everything_and_say_so() -> None:
     engine = recalling()
     assert isinstance(engine.runner, Recall)

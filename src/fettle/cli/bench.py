@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fettle.cli.options import Device, Generic, Json, Model
+from fettle.cli.options import Device, Generic, Json, Model, ReportPath
 from fettle.cli.output import console, emit_json, show, size, table
 from fettle.cli.recipe_choice import command_line
 from fettle.engine.runners import ENGINES, RunnerOptions
@@ -17,6 +17,8 @@ from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
 from fettle.models.source import resolve
+from fettle.report.atomic import require_writable
+from fettle.report.speed import write_speed
 from fettle.workers import available_threads
 
 Threads = Annotated[int | None, typer.Option(metavar="N", help="How many threads compute; by default all.", min=1)]
@@ -38,6 +40,7 @@ def run(
     repetitions: Repetitions = DEFAULTS.repetitions,
     device: Device = "cpu",
     generic: Generic = False,
+    report: ReportPath = None,
     json: Json = False,
 ) -> None:
     """Measure how fast a model reads prompts and makes tokens, beside this machine's measured limits.
@@ -59,6 +62,8 @@ def run(
         repetitions=repetitions,
     )
     options.check()
+    if report is not None:
+        require_writable(report)
     used = threads or available_threads()
     runner = ENGINES[engine](
         folder, RunnerOptions(cache_tokens=options.cache_tokens, threads=used, device=device, generic=generic)
@@ -66,26 +71,29 @@ def run(
     read_bytes, weights = weights_read(checkpoint, anatomy)
     found = measure_speed(runner, options, threads=used)
     used_shares = shares(found, read_bytes, weights)
+    document = {
+        "model": model,
+        "engine": engine,
+        "threads": used,
+        "device": device,
+        "command_line": command_line(sys.argv[1:]),
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "repetitions": options.repetitions,
+        "weight_bytes": read_bytes,
+        **{name: _median(value) for name, value in found.items()},
+        **used_shares,
+        "spread": {name: _spread(value) for name, value in found.items()},
+        "report": report,
+    }
+    if report is not None:
+        write_speed(report, document)
     if json:
-        emit_json(
-            "bench",
-            {
-                "model": model,
-                "engine": engine,
-                "threads": used,
-                "device": device,
-                "command_line": command_line(sys.argv[1:]),
-                "prompt_tokens": options.prompt_tokens,
-                "new_tokens": options.new_tokens,
-                "repetitions": options.repetitions,
-                "weight_bytes": read_bytes,
-                **{name: _median(value) for name, value in found.items()},
-                **used_shares,
-                "spread": {name: _spread(value) for name, value in found.items()},
-            },
-        )
+        emit_json("bench", document)
         return
     _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, read_bytes)
+    if report is not None:
+        print(f"Report: {report}")
 
 
 def _batches(text: str) -> tuple[int, ...]:

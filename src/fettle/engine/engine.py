@@ -216,11 +216,20 @@ class Engine:
         return updates
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Completes them all, as many at once as fit; results in their order."""
-        numbers = [self.add(request) for request in requests]
+        """Completes them all, as many at once as fit; results in their order. All are dropped where one cannot be.
+
+        Requests that were added before run along; what the steps tell of them is not kept.
+        """
+        numbers: list[int] = []
         done: dict[int, Completion] = {}
-        while not all(number in done for number in numbers):
-            done.update({u.number: u.completion for u in self.step() if u.completion is not None})
+        try:
+            for request in requests:
+                numbers.append(self.add(request))
+            while not all(number in done for number in numbers):
+                done.update({u.number: u.completion for u in self.step() if u.completion is not None})
+        finally:
+            for number in numbers:
+                self.cancel(number)
         return [done[number] for number in numbers]
 
     def stream(self, request: Request) -> Generator[str, None, Completion]:
