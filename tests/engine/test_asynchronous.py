@@ -85,3 +85,8 @@ def test_errors_reach_the_task_that_made_them_and_then_all() -> None:
             assert not made.busy
 
     asyncio.run(serve())
+
+
+def test_an_engine_that_does_not_serve_says_so() -> None:
+    with pytest.raises(UsageError, match="not serving"):
+        asyncio.run(AsyncEngine(engine()).generate(REQUESTS[0]))

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from fettle.engine.engine import Completion, Engine, Update
 from fettle.engine.sequence import Request
-from fettle.errors import FettleError
+from fettle.errors import FettleError, UsageError
 
 Inbox = asyncio.Queue[Update | BaseException]
 
@@ -52,8 +52,11 @@ class AsyncEngine:
         """What every step does for a request; the last update holds the completion. Leaving it early cancels it.
 
         Raises:
+            UsageError: the context was not entered, so nothing would ever come.
             FettleError: as `Engine.add` and `Engine.step`.
         """
+        if self._task is None:
+            raise UsageError("this engine is not serving; use it inside: async with AsyncEngine(engine) as serving")
         inbox: Inbox = asyncio.Queue()
         self._arrived.append((request, inbox))
         self._wake.set()
