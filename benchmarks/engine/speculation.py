@@ -68,7 +68,8 @@ def main() -> None:
         options = RunnerOptions(cache_tokens=1024)
         target = open_engine(asked.model, engine=asked.engine, runner=options)
         runner, vocabulary = target.runner, target.vocabulary
-        alone = SchedulerOptions(max_sequences=1)
+        # The engines take turns on one runner: what one of them left in a page, another has overwritten.
+        alone = SchedulerOptions(max_sequences=1, reuse_prefixes=False)
         drafters = {
             name: open_drafter(what, runner, asked.engine, options)
             for name, what in (("lookup", LOOKUP), ("draft", draft))
