@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fettle.cli.method_pages import describe_methods
+from fettle.cli.method_pages import describe_methods, describe_training
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """# Methods
@@ -21,13 +21,22 @@ Each field is a key of a recipe's step (`docs/adding_a_method.md` says how a met
 """
 
 
+TRAINING = """# Training methods
+
+Each field is a key of a chain's stage (`train: NAME`) and a flag of `fettle train --method NAME`.
+"""
+
+
 def section(method: dict[str, Any]) -> str:
     """One method's part of the page."""
-    needs = ", ".join(f"`{name}`" for name in method["statistics"]) or "nothing but weights"
+    told = f"{method['title']}. Source: {method['source']}."
+    if "objective" in method:
+        needs = ", ".join(f"`{name}`" for name in method["statistics"]) or "nothing but weights"
+        told += f" Minimizes: `{method['objective']}`. Needs: {needs}."
     lines = [
         f"## `{method['name']}`",
         "",
-        f"{method['title']}. Source: {method['source']}. Minimizes: `{method['objective']}`. Needs: {needs}.",
+        told,
         "",
         "| field | flag | type | default | what |",
         "| --- | --- | --- | --- | --- |",
@@ -40,7 +49,9 @@ def section(method: dict[str, Any]) -> str:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(section(method) + "\n" for method in describe_methods())])
+    compressing = [section(method) + "\n" for method in describe_methods()]
+    training = [section(method) + "\n" for method in describe_training()]
+    return "\n".join([HEAD, *compressing, TRAINING, *training])
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """fettle: makes a pretrained language model small, fast and cheap to run, and proves what that cost.
 
-Four calls: `load`, `compress`, `evaluate`, `generate`; and those that look and write nothing: `plan`, `inspect`,
-`diagnose`, `evaluate_cache`. They are imported when they are first used, so that `import fettle` costs nothing.
+Five calls: `load`, `compress`, `train`, `evaluate`, `generate`; and those that look and write nothing: `plan`,
+`inspect`, `diagnose`, `evaluate_cache`. They are imported when they are first used, so that `import fettle` costs
+nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "train",
 ]
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         plan,
+        train,
     )
 
 

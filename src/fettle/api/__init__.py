@@ -1,5 +1,5 @@
-"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the three that look first: `plan`,
-`inspect`, `diagnose`.
+"""The library in five calls: `load`, `compress`, `train`, `evaluate`, `generate`; and the three that look first:
+`plan`, `inspect`, `diagnose`.
 
 import fettle
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fettle.api.compressing import Compression, compress
 from fettle.api.questions import diagnose, evaluate, evaluate_cache, generate, inspect, load, plan
+from fettle.api.training import Training, train
 from fettle.search.budget import Budget
 from fettle.tensors.cache_codes import CacheScheme
 
@@ -18,6 +19,7 @@ __all__ = [
     "Budget",
     "CacheScheme",
     "Compression",
+    "Training",
     "compress",
     "diagnose",
     "evaluate",
@@ -26,4 +28,5 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "train",
 ]

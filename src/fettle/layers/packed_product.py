@@ -2,10 +2,10 @@
 
     outputs = inputs · Vᵀ + bias        ∂/∂inputs = ∂/∂outputs · V
 
-V is what the codes stand for. Autograd would keep V in float32 for every layer until the backward pass, which is what a
-packed base is there to avoid (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); here the codes are decoded
-once more, a tile of rows at a time. Any kernel may have computed the product, also one that knows no gradients. Codes
-and scales learn nothing. Inputs that the scheme quantizes get their gradient straight through.
+V is what the codes stand for. Autograd would keep V in float32 for every layer until the backward pass, which is what
+a packed base is there to avoid (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314); here the codes are
+decoded once more, a tile of rows at a time. Any kernel may have computed the product, also one that knows no gradients.
+Codes and scales learn nothing. Inputs that the scheme quantizes get their gradient straight through.
 
 Cost: a second decoding in the backward pass.
 """
@@ -26,7 +26,11 @@ class PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, bias: Tensor | None, run: Callable[[Tensor], Tensor], decode: Callable[[], QuantizedTensor]
+        ctx: Any,
+        inputs: Tensor,
+        bias: Tensor | None,
+        run: Callable[[Tensor], Tensor],
+        decode: Callable[[], QuantizedTensor],
     ) -> Tensor:
         """`run` multiplies, bias included; `decode` gives the weight's codes again for the backward pass."""
         ctx.decode, ctx.width = decode, inputs.shape[-1]

@@ -23,6 +23,8 @@ def _as_method(value: Any) -> type[MatrixMethod] | None:
     return typing.cast(type[MatrixMethod], value) if found else None
 
 
+Built = typing.TypeVar("Built")
+
 METHODS: dict[str, type[MatrixMethod]] = {
     cls.name: cls for cls in map(_as_method, vars(quantize).values()) if cls is not None
 }
@@ -45,15 +47,27 @@ def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
     Raises:
         RecipeError: an unknown method or field (with the nearest spelling), or a value that cannot be.
     """
-    cls = get(name)
-    fields = [field.name for field in dataclasses.fields(cls)]
+    return build(get(name), mapping)
+
+
+def build(cls: type[Built], mapping: Mapping[str, Any]) -> Built:
+    """A checked instance of any method's dataclass from plain values; what is not given keeps its default.
+
+    Raises:
+        RecipeError: an unknown field (with the nearest spelling), or a value that cannot be.
+    """
+    fields = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     for key in mapping:
         if key not in fields:
-            raise RecipeError(unknown_word(f"field of the method {name}", str(key), fields))
+            raise RecipeError(unknown_word(f"field of the method {_name(cls)}", str(key), fields))
     hints = get_type_hints(cls)
     method = cls(**{key: _plain(value, hints[key]) for key, value in mapping.items()})
-    validate(method)
+    validate(typing.cast(Any, method))
     return method
+
+
+def _name(cls: type) -> str:
+    return str(getattr(cls, "name", cls.__name__))
 
 
 def _plain(value: Any, hint: Any) -> Any:

@@ -93,7 +93,13 @@ class _Filler:
     """Fills one tree from one checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, anatomy: Anatomy, tree: nn.Module, device: torch.device, dtype: torch.dtype, dense: bool
+        self,
+        checkpoint: Checkpoint,
+        anatomy: Anatomy,
+        tree: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        dense: bool,
     ) -> None:
         self.checkpoint, self.anatomy, self.tree, self.device, self.dtype = checkpoint, anatomy, tree, device, dtype
         self.dense = dense

@@ -119,8 +119,17 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         raise RecipeError(
             f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
+    return parse_recipe(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says, in plain types.
+
+    Raises:
+        RecipeError: no YAML, a key that stands twice.
+    """
     try:
-        return parse_recipe(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
         raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
@@ -158,6 +167,8 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     """
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: a recipe is a mapping with the key 'steps', got {type(mapping).__name__}")
+    if "stages" in mapping:
+        raise RecipeError(f"{origin}: this is a chain of stages, which train; run it with: fettle train --recipe")
     _refuse_unknown(mapping, ("name", "calibration", "storage", "steps"), origin, "recipe key")
     steps = mapping.get("steps")
     if not isinstance(steps, list) or not steps:

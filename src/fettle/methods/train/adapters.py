@@ -20,6 +20,7 @@ Cost: the base once, as stored; of the adapter values, gradients and two moments
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,9 @@ class Adapter(LoopFields, SignalFields):
         if self.kind in VIRTUAL and self.merge:
             raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora, rslora, dora, ia3")
         if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:
-            raise RecipeError(f"with {self.kind} the states of virtual tokens stand among the others; use hard and soft")
+            raise RecipeError(
+                f"with {self.kind} the states of virtual tokens stand among the others; use hard and soft"
+            )
         if self.start == "residual" and self.kind not in ("lora", "rslora"):
             raise RecipeError(f"start=residual is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")
 
@@ -185,9 +188,7 @@ def load_adapters(loaded: LoadedModel, adapters: Mapping[str, str | Path]) -> An
 
 
 def check_adapter(folder: Path, base: Path) -> None:
-    """Raises CheckpointError for a folder without an adapter as safetensors, or one that was trained on another base."""
-    import json
-
+    """Raises CheckpointError for a folder without an adapter as safetensors, or one trained on another base."""
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
     told = folder / RECORD
@@ -256,7 +257,9 @@ def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> Non
         module = loaded.model.get_submodule(_path(linear))
         if not hasattr(module, "lora_A"):
             continue
-        lost = read_weight(checkpoint, anatomy.find(linear.name)).to(job.device) - module.get_base_layer().weight.float()
+        lost = (
+            read_weight(checkpoint, anatomy.find(linear.name)).to(job.device) - module.get_base_layer().weight.float()
+        )
         left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
         first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
         rank, scaling = min(first.shape[0], len(sizes)), module.scaling["default"]

@@ -73,7 +73,8 @@ class Distill(LoopFields, SignalFields):
             hold_zeros_(loaded.model)
 
         def write(record: dict[str, Any]) -> None:
-            write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, record)
+            shape = {"reshaped": True} if self.layers is not None else {}
+            write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, {**record, **shape})
 
         return Learner(loaded=loaded, model=loaded.model, write=write)
 
@@ -84,7 +85,9 @@ def mark_(tree: nn.Module, anatomy: Anatomy, trains: str) -> None:
     Raises:
         RecipeError: there are none.
     """
-    inside = {name for block in anatomy.blocks for name, _ in tree.get_submodule(block.name).named_parameters(block.name)}
+    inside = {
+        name for block in anatomy.blocks for name, _ in tree.get_submodule(block.name).named_parameters(block.name)
+    }
     learned = 0
     for name, parameter in tree.named_parameters():
         wanted = trains == "all" or (name in inside if trains == "blocks" else parameter.dim() == 1)
@@ -98,7 +101,7 @@ def hold_zeros_(tree: nn.Module) -> None:
     """Weights of matrices that are zero get no gradient; AdamW then leaves them at zero, decay and moments included."""
     for parameter in tree.parameters():
         if parameter.requires_grad and parameter.dim() > 1 and bool((parameter == 0).any()):
-            parameter.register_hook(_masked(parameter != 0))
+            parameter.register_hook(_masked(parameter != 0))  # type: ignore[no-untyped-call]
 
 
 def _masked(mask: Tensor) -> Any:

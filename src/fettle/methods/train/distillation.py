@@ -26,8 +26,8 @@ class Distillation(Objective):
     """Student, teacher and the weights of the signals."""
 
     def __init__(
-        self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None, answers: KeptAnswers | None = None,
-        teacher_depth: int | None = None,
+        self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None,
+        answers: KeptAnswers | None = None, teacher_depth: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.student = student.model
@@ -52,8 +52,8 @@ class Distillation(Objective):
             ours, theirs = self._observed[0](input_ids), teacher(input_ids)
         if ours.logits.shape != theirs.logits.shape:
             raise RecipeError(
-                f"the student knows {ours.logits.shape[-1]} tokens and the teacher {theirs.logits.shape[-1]}; they must "
-                "have the same vocabulary"
+                f"the student knows {ours.logits.shape[-1]} tokens and the teacher {theirs.logits.shape[-1]}; they "
+                "must have the same vocabulary"
             )
         weights = self.fields.weights()
         if "features" in weights:

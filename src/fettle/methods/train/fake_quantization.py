@@ -147,7 +147,7 @@ def check_scheme(scheme: Scheme, rule: ScaleRule) -> None:
 
 
 def mean_scale(weight: Tensor, scheme: Scheme) -> Tensor:
-    """mean |w| of all that share a scale, as it is stored: `value_dtype` [rows, groups] for [out, in]."""
+    """Mean |w| of all that share a scale, as it is stored: `value_dtype` [rows, groups] for [out, in]."""
     groups = in_groups(weight.abs(), scheme)
     counts = in_groups(torch.ones_like(weight), scheme).sum(-1)
     return stored_scale(groups.sum(-1) / counts, scheme)

@@ -1,8 +1,8 @@
 """The one training loop: transformers' `Trainer` over an objective, for every method of this room.
 
-A method gives an objective, a module that turns windows into one loss and knows which of its parameters learn; the loop
-gives steps. Gradient accumulation, mixed precision, the schedule, data-parallel training under `torchrun` or `accelerate
-launch`, checkpoints and resuming are Trainer's and Accelerate's. What is ours stands around it:
+A method gives an objective, a module that turns windows into one loss and knows which of its parameters learn; the
+loop gives steps. Gradient accumulation, mixed precision, the schedule, data-parallel training under `torchrun` or
+`accelerate launch`, checkpoints and resuming are Trainer's and Accelerate's. What is ours stands around it:
 
 - Windows come in the order of a list (`text_mix.py`), not from a sampler, so one process, two processes and a resumed
   run see the same windows in the same steps.
@@ -224,7 +224,11 @@ def _optimizer(objective: Objective, fields: LoopFields) -> torch.optim.Optimize
             groups.setdefault(factor, []).append(value)
     return torch.optim.AdamW(
         [
-            {"params": values, "lr": factor * fields.learning_rate, "weight_decay": fields.weight_decay if factor == 1.0 else 0.0}
+            {
+                "params": values,
+                "lr": factor * fields.learning_rate,
+                "weight_decay": fields.weight_decay if factor == 1.0 else 0.0,
+            }
             for factor, values in groups.items()
         ]
     )

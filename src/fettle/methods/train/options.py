@@ -69,7 +69,7 @@ class LoopFields:
         """
         if self.batch_windows % self.accumulate:
             raise RecipeError(
-                f"accumulate={self.accumulate} does not divide batch_windows={self.batch_windows}; allowed: its divisors"
+                f"accumulate={self.accumulate} does not divide batch_windows={self.batch_windows}; allowed: a divisor"
             )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise RecipeError(f"minutes={self.minutes} cannot be; allowed: numbers above 0, or none for no limit")
@@ -98,18 +98,14 @@ class SignalFields:
     )
     hard: float = field(default=0.0, metadata={"help": "weight of the text's own next token", "minimum": 0.0})
     soft: float = field(default=1.0, metadata={"help": "weight of the teacher's probabilities", "minimum": 0.0})
-    temperature: float = field(
-        default=1.0, metadata={"help": "of the soft labels", "minimum": 0.01, "maximum": 1000.0}
-    )
+    temperature: float = field(default=1.0, metadata={"help": "of the soft labels", "minimum": 0.01, "maximum": 1000.0})
     divergence: Divergence = field(default="forward", metadata={"help": "how soft labels are compared"})
     logits: float = field(default=0.0, metadata={"help": "weight of the raw logits", "minimum": 0.0})
     features: float = field(default=0.0, metadata={"help": "weight of the states after blocks", "minimum": 0.0})
     attention: float = field(default=0.0, metadata={"help": "weight of the attention maps", "minimum": 0.0})
     relations: float = field(default=0.0, metadata={"help": "weight of cosines between samples", "minimum": 0.0})
     distances: float = field(default=0.0, metadata={"help": "weight of distances between samples", "minimum": 0.0})
-    values: float = field(
-        default=0.0, metadata={"help": "weight of value relations in the last block", "minimum": 0.0}
-    )
+    values: float = field(default=0.0, metadata={"help": "weight of value relations in the last block", "minimum": 0.0})
     layer_map: LayerMap = field(
         default="uniform", metadata={"help": "which of the teacher's layers a student's layer looks at"}
     )
@@ -167,5 +163,7 @@ class SignalFields:
         except ValueError:
             found = []
         if not found or not all(math.isfinite(weight) and weight > 0 for weight in found):
-            raise RecipeError(f"teacher_weights={self.teacher_weights!r}; allowed: positive numbers with commas, as 2,1")
+            raise RecipeError(
+                f"teacher_weights={self.teacher_weights!r}; allowed: positive numbers with commas, as 2,1"
+            )
         return [weight / sum(found) for weight in found]

@@ -60,9 +60,7 @@ class Observed:
         if self._seen:
             found = [linear for linear in anatomy.blocks[-1].linears if linear.role == "value"]
             if len(found) != 1:
-                raise RecipeError(
-                    f"values: a {anatomy.family} model has no linear for the values alone; set values: 0"
-                )
+                raise RecipeError(f"values: a {anatomy.family} model has no linear for the values alone; set values: 0")
             path = found[0].slot.parameter.removesuffix(".weight")
             tree.get_submodule(path).register_forward_hook(lambda _, __, out: self._values.append(out))
 

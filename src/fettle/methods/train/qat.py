@@ -44,7 +44,8 @@ class Qat(LoopFields, SignalFields, GridFields):
     source: ClassVar[str] = "LSQ, Esser et al. 2020, https://arxiv.org/abs/1902.08153; LLM-QAT; BitNet b1.58"
 
     scale_rule: Literal["learned", "mean"] | None = field(
-        default=None, metadata={"help": "scales learn, or are the mean size of the weights; none: mean where ternary or binary"}
+        default=None,
+        metadata={"help": "scales learn, or are the mean size of the weights; none: mean where ternary or binary"},
     )
     scale_rate: float = field(
         default=1.0, metadata={"help": "step size of the scales' logarithms, times the learning rate", "minimum": 0.0}
@@ -80,7 +81,9 @@ class Qat(LoopFields, SignalFields, GridFields):
         for linear in linears:
             self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original)
         inside = {block.name + "." for block in anatomy.blocks}
-        swapped = {id(p) for m in loaded.model.modules() if isinstance(m, FakeQuantizedLinear) for p in (m.weight, m.log_scale)}
+        swapped = {
+            id(p) for m in loaded.model.modules() if isinstance(m, FakeQuantizedLinear) for p in (m.weight, m.log_scale)
+        }
         for name, parameter in loaded.model.named_parameters():
             in_block = self.trains == "blocks" and parameter.dim() == 1 and any(name.startswith(x) for x in inside)
             parameter.requires_grad_(id(parameter) in swapped or in_block)
@@ -103,7 +106,11 @@ class Qat(LoopFields, SignalFields, GridFields):
         if stored:
             return next(iter(stored.values())).storage
         scheme = self.scheme(_dtype(checkpoint))
-        return "int-quantized" if scheme.activations and scheme.grid.is_uniform and scheme.grid.bits == 8 else "pack-quantized"
+        return (
+            "int-quantized"
+            if scheme.activations and scheme.grid.is_uniform and scheme.grid.bits == 8
+            else "pack-quantized"
+        )
 
     def _swap_(
         self, loaded: LoadedModel, checkpoint: Checkpoint, linear: Linear, stored: StoredScheme | None,

@@ -147,7 +147,7 @@ def value_relations_error(student: Tensor, teacher: Tensor, relation_heads: int)
 
 
 def _relations(values: Tensor, heads: int) -> Tensor:
-    """log softmax(V Vᵀ / √d) of each part, [batch, heads, tokens, tokens]."""
+    """Log softmax(V Vᵀ / √d) of each part, [batch, heads, tokens, tokens]."""
     batch, tokens, width = values.shape
     parts = values.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
     return torch.log_softmax(parts @ parts.transpose(-1, -2) / (width // heads) ** 0.5, -1)

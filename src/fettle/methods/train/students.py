@@ -61,7 +61,7 @@ def _shallower(config: dict[str, Any], kept: list[int], depth: int) -> dict[str,
     keys = [key for key in DIMENSIONS["layers"] if isinstance(config.get(key), int)]
     if not keys:
         raise RecipeError(f"config.json says under none of {', '.join(DIMENSIONS['layers'])} how many layers there are")
-    changed = {key: len(kept) for key in keys}
+    changed: dict[str, Any] = {key: len(kept) for key in keys}
     for key, value in config.items():
         if key.endswith("_types") and isinstance(value, list) and len(value) == depth:
             changed[key] = [value[index] for index in kept]

@@ -88,9 +88,10 @@ def require_same_tokens(student: Any, teacher: Any, names: tuple[str, str]) -> N
     if not same:
         differing = sum(ours.get(word) != number for word, number in theirs.items())
         raise UsageError(
-            f"{names[0]} and {names[1]} have different tokenizers ({len(ours):,} and {len(theirs):,} entries, {differing:,} "
-            "of the teacher's mean something else to the student), so their predictions cannot be compared token by "
-            "token. Give a teacher of the same family, or let it write text and train on that with hard: 1, soft: 0"
+            f"{names[0]} and {names[1]} have different tokenizers ({len(ours):,} and {len(theirs):,} entries, "
+            f"{differing:,} of the teacher's mean something else to the student), so their predictions cannot be "
+            "compared token by token. Give a teacher of the same family, or let it write text and train on that with "
+            "hard: 1, soft: 0"
         )
 
 
@@ -100,7 +101,14 @@ def answer_bytes(windows: int, tokens: int, k: int) -> int:
 
 
 def keep_answers(
-    teacher: Teacher, ids: Tensor, *, k: int, temperature: float, folder: Path, identity: dict[str, Any], progress: Progress
+    teacher: Teacher,
+    ids: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    folder: Path,
+    identity: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Writes what is missing of a teacher's answers for windows int64 [windows, tokens].
 
@@ -152,6 +160,7 @@ def _chunk_name(first: int) -> str:
 
 def _chunk(folder: Path, first: int) -> dict[str, Tensor] | None:
     try:
-        return load_file(folder / _chunk_name(first))
+        found: dict[str, Tensor] = load_file(folder / _chunk_name(first))
     except (OSError, SafetensorError):  # not there yet; damaged is as good as lost
         return None
+    return found

@@ -75,8 +75,8 @@ def training_text(tokenizer: Any, fields: LoopFields) -> TrainingText:
         kept = _whole(cut, fields.length)[: fields.held_back]
     if not learned or (fields.held_back and not kept):
         raise UsageError(
-            f"{texts[0].source} is too short for windows of {fields.length} tokens to learn from and to hold back; give "
-            "a longer text, a smaller length, or held_back: 0"
+            f"{texts[0].source} is too short for windows of {fields.length} tokens to learn from and to hold back; "
+            "give a longer text, a smaller length, or held_back: 0"
         )
     return TrainingText(
         ids=torch.stack(learned + kept),

@@ -1,9 +1,9 @@
 """One training, from folder to folder: the shape that every method of this room has, and what drives it.
 
-    method.learner(job)  → the student, with what learns marked, and how it is written
-    text                 → windows (text_mix.py)
-    teacher              → live, or its kept answers (teachers.py)
-    objective            → loop (loop.py) → learner.write
+method.learner(job)  → the student, with what learns marked, and how it is written
+text                 → windows (text_mix.py)
+teacher              → live, or its kept answers (teachers.py)
+objective            → loop (loop.py) → learner.write
 """
 
 from __future__ import annotations

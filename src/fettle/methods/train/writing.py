@@ -2,7 +2,7 @@
 
 One shard a block and one for what stands outside, each written atomically; config, index and side files after them, and
 `fettle.json`, with the SHA-256 of every tensor, last: a folder without it is not finished. Dense tensors get the type
-that they had in the base; so what was trained in float32 is rounded once more, and what counts is measured on the files.
+that they had in the base; so what was trained in float32 is rounded once more, and what counts is measured on files.
 """
 
 from __future__ import annotations
@@ -70,7 +70,13 @@ def write_trained(
     copy_side_files(base.folder, output)
     write_json(output / "config.json", config)
     hashes = {"files": files, "tensors": dict(sorted(digests.items()))}
-    written = {"schema": 1, "fettle_version": fettle.__version__, "generic": anatomy.family == "generic"}
+    written: dict[str, Any] = {
+        "schema": 1,
+        "fettle_version": fettle.__version__,
+        "generic": anatomy.family == "generic",
+    }
+    if (base.record or {}).get("reshaped"):  # has other blocks or widths than what it was made from
+        written["reshaped"] = True
     write_json(output / MARKER, {**written, "causal": anatomy.causal, **record, **hashes})
 
 
