@@ -155,10 +155,14 @@ def mean_scale(weight: Tensor, scheme: Scheme) -> Tensor:
 
 def leaning_start(start: QuantizedTensor, original: Tensor | None) -> Tensor:
     """Latent weights [out, in] whose nearest codes are the start's, leaning to where the original weight lies."""
-    values = start.dequantize()
     if original is None:
-        return values
-    scheme = start.scheme
-    gap = min(b - a for a, b in zip(scheme.grid.levels, scheme.grid.levels[1:], strict=False))
-    reach = LEAN * gap * expand_groups(start.scale.float(), values.shape[1], scheme.group_width(values.shape[1]))
-    return values + torch.minimum(torch.maximum(original - values, -reach), reach)
+        return start.dequantize()
+    scheme, in_features = start.scheme, start.shape[1]
+    width = scheme.group_width(in_features)
+    # in units of the scale, where a level is exact: a value was rounded to the scale's type
+    level = scheme.grid.table(device=start.codes.device)[start.codes.int()]
+    if start.zero_point is not None:
+        level = level - scheme.grid.levels[0] - expand_groups(start.zero_point.float(), in_features, width)
+    scale = expand_groups(start.scale.float(), in_features, width)
+    reach = LEAN * min(b - a for a, b in zip(scheme.grid.levels, scheme.grid.levels[1:], strict=False))
+    return (level + (original / scale - level).clamp(-reach, reach)) * scale

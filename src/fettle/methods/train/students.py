@@ -28,7 +28,8 @@ def write_student(teacher: Checkpoint, anatomy: Anatomy, layers: int, chosen: La
 
     Raises:
         UsageError: the teacher is stored as codes.
-        RecipeError: not as many blocks as the teacher has, or a config that does not say how many there are.
+        RecipeError: more blocks than the teacher has, a config that does not say how many there are, or blocks that
+            know their number.
     """
     if stored_schemes(teacher, anatomy):
         raise UsageError(f"{teacher.folder} is compressed; a student is made of the layers of the original model")
@@ -61,6 +62,11 @@ def _shallower(config: dict[str, Any], kept: list[int], depth: int) -> dict[str,
     keys = [key for key in DIMENSIONS["layers"] if isinstance(config.get(key), int)]
     if not keys:
         raise RecipeError(f"config.json says under none of {', '.join(DIMENSIONS['layers'])} how many layers there are")
+    if config.get("scale_attn_by_inverse_layer_idx") and kept != list(range(len(kept))):
+        raise RecipeError(
+            "this model scales the attention of a block by the block's number (scale_attn_by_inverse_layer_idx), so a "
+            "block in another place is another function; allowed: the first blocks alone"
+        )
     changed: dict[str, Any] = {key: len(kept) for key in keys}
     for key, value in config.items():
         if key.endswith("_types") and isinstance(value, list) and len(value) == depth:
