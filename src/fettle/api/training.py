@@ -107,12 +107,13 @@ def train(
         require_writable(page)
     folder = resolve(model)
     refuse_inside(folder, output)
-    refuse_foreign(output)
+    stages = run_folder(output) / STAGES
+    if not (stages / "identity.json").is_file():
+        refuse_foreign(output)
     checkpoint = Checkpoint.open(folder)
     for stage in chosen.stages:
         if stage.method is not None:
             require_context(checkpoint.config, getattr(stage.method, "length", 0), "length")
-    stages = run_folder(output) / STAGES
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

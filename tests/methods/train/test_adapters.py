@@ -14,7 +14,7 @@ import fettle
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
 from fettle.methods.train import Adapter
-from fettle.methods.train.adapters import PackedBase, load_adapters, merge_adapter
+from fettle.methods.train.adapters import PackedBase, adaptable_, load_adapters, merge_adapter, wrapped
 from fettle.methods.train.curve import Curve
 from fettle.models.loading import load
 
@@ -51,7 +51,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "ia3", "prompt", "prefix"])
+OTHERS = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("rslora", "prefix")]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "prompt", *OTHERS])
 def test_every_kind_learns_beside_codes_and_is_read_by_peft(
     kind: str, packed: dict[int, Path], tiny_llama: Path, trained: Trained
 ) -> None:
@@ -72,14 +75,10 @@ def test_every_kind_learns_beside_codes_and_is_read_by_peft(
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_codes_stay_packed_while_gradients_pass(bits: int, packed: dict[int, Path]) -> None:
-    from fettle.methods.train.adapters import adaptable_
-
     loaded = load(packed[bits])
     stored = {name: t.clone() for name, t in loaded.model.named_buffers()}
     adaptable_(loaded.model)
-    model = peft.get_peft_model(
-        loaded.model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    )
+    model = wrapped(loaded.model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
     assert any(isinstance(m, PackedBase) for m in model.modules())
     assert any(isinstance(m, QuantizedLinear) for m in model.modules())
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -92,14 +91,12 @@ def test_the_codes_stay_packed_while_gradients_pass(bits: int, packed: dict[int,
 
 
 def test_gradients_beside_codes_are_those_beside_their_dense_values(packed: dict[int, Path]) -> None:
-    from fettle.methods.train.adapters import adaptable_
-
     found = []
     for dense in (False, True):
         loaded = load(packed[3], dense=dense)
         adaptable_(loaded.model)
         torch.manual_seed(0)
-        model = peft.get_peft_model(
+        model = wrapped(
             loaded.model, peft.LoraConfig(r=2, target_modules=["v_proj", "up_proj"], init_lora_weights=False)
         )
         model(input_ids=IDS, labels=IDS).loss.backward()

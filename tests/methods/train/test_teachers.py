@@ -103,7 +103,7 @@ def test_several_teachers_are_the_weighted_mean_of_their_probabilities() -> None
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(tiny_llama: Path) -> None:
     ours, demo = load_tokenizer(tiny_llama), load_tokenizer(_demo())
-    with pytest.raises(UsageError, match="different tokenizers.*token by token.*hard: 1"):
+    with pytest.raises(UsageError, match=r"different tokenizers.*token by token.*hard: 1"):
         teachers.require_same_tokens(ours, demo, ("student", "demo"))
     teachers.require_same_tokens(ours, load_tokenizer(tiny_llama), ("student", "teacher"))
 

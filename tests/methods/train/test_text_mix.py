@@ -53,5 +53,5 @@ def test_a_share_of_the_windows_comes_from_the_replayed_text(tiny_llama: Path, t
 def test_a_text_too_short_is_refused_with_the_way_out(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("def f(): pass\n")
-    with pytest.raises(UsageError, match="too short for windows of 16 tokens.*held_back: 0"):
+    with pytest.raises(UsageError, match=r"too short for windows of 16 tokens.*held_back: 0"):
         training_text(load_tokenizer(tiny_llama), fields(text))

@@ -94,8 +94,7 @@ class Adapter(LoopFields, SignalFields):
         loaded = load(job.model, device=job.device, generic=job.generic)
         adaptable_(loaded.model)
         torch.manual_seed(self.seed)
-        with _no_warnings():
-            model = peft.get_peft_model(loaded.model, self._config(peft, loaded))
+        model = wrapped(loaded.model, self._config(peft, loaded))
         if self.start == "residual":
             _start_with_residual_(model, loaded, job)
 
@@ -157,6 +156,12 @@ def require_peft() -> Any:
     return peft
 
 
+def wrapped(tree: nn.Module, config: Any) -> Any:
+    """The tree with a fresh adapter of PEFT's; only that learns. The tree's own modules are changed."""
+    with _no_warnings():
+        return require_peft().get_peft_model(tree, config)
+
+
 def adaptable_(tree: nn.Module) -> None:
     """Shows PEFT every packed linear as an `nn.Linear`."""
     for path, module in list(tree.named_modules()):
@@ -210,10 +215,10 @@ def merge_adapter(
     loaded = load(model, generic=generic, dense=True)
     check_adapter(adapter, loaded.folder)
     with _no_warnings():
-        wrapped = peft.PeftModel.from_pretrained(loaded.model, str(adapter))
-        if not hasattr(wrapped.base_model, "merge_and_unload"):
+        adapted = peft.PeftModel.from_pretrained(loaded.model, str(adapter))
+        if not hasattr(adapted.base_model, "merge_and_unload"):
             raise UsageError(f"the adapter in {adapter} is no change of weights and cannot be merged")
-        tree = wrapped.merge_and_unload()
+        tree = adapted.merge_and_unload()
     checkpoint = Checkpoint.open(loaded.folder)
     write_trained(tree, checkpoint, read_anatomy(checkpoint, generic=generic), output, record or {"results": None})
 

@@ -96,8 +96,6 @@ class Recorder:
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **rest: Any) -> None:
         """A look at the windows held back: the best weights so far are kept, and too many misses end the run."""
         step, loss = state.global_step, float(metrics["eval_loss"])
-        if step in {seen for seen, _ in self.curve.held_back}:  # a resumed run looks once more at where it starts
-            return
         if not math.isfinite(loss):
             raise NonFiniteError(f"the held-back loss at step {step} is {loss}; use a smaller learning_rate")
         self.curve.held_back.append((step, loss))

@@ -186,6 +186,7 @@ def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: in
             f"batch_windows={fields.batch_windows} cannot be shared by {processes} processes in {fields.accumulate} "
             f"parts; allowed: multiples of {processes * fields.accumulate}"
         )
+    fresh = not checkpoints(folder)  # a resumed run has looked at its start before
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=steps,
@@ -200,7 +201,7 @@ def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: in
         logging_nan_inf_filter=False,
         eval_strategy="steps" if looks else "no",
         eval_steps=fields.look_every,
-        eval_on_start=looks,
+        eval_on_start=looks and fresh,
         save_strategy="steps",
         save_steps=fields.checkpoint_every,
         label_names=["input_ids"],  # so that an evaluation has a loss

@@ -103,8 +103,8 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         UsageError: no tokenizer, another tokenizer than the teacher's, a text that is too short.
         NonFiniteError: a loss that is NaN or infinite.
     """
-    _one_kernel_for_all(job.device)
-    learner = method.learner(job)
+    with _processes(job.device).main_process_first():  # what a learner writes, the others find
+        learner = method.learner(job)
     loop, signals = cast(LoopFields, method), cast(SignalFields, method)
     if learner.loaded.tokenizer is None or not learner.loaded.anatomy.causal:
         lack = "no tokenizer files" if learner.loaded.tokenizer is None else "no next token to predict"
@@ -118,11 +118,11 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     return curve
 
 
-def _one_kernel_for_all(device: str) -> None:
-    """Starts Accelerate's process group before any model is loaded, where there are several processes."""
+def _processes(device: str) -> Any:
+    """Accelerate's process group, begun before any model is loaded where there are several processes."""
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    PartialState(cpu=device == "cpu")
+    return PartialState(cpu=device == "cpu")
 
 
 def _objective(learner: Learner, signals: SignalFields, text: TrainingText, job: TrainJob) -> Distillation:
@@ -148,14 +148,12 @@ def _objective(learner: Learner, signals: SignalFields, text: TrainingText, job:
 
 
 def _kept(teacher: Teacher, signals: SignalFields, text: TrainingText, job: TrainJob, names: list[str]) -> Any:
-    from accelerate import PartialState
-
     assert signals.teacher_top_k is not None
     folder = job.folder / "answers"
     vocabulary = teacher(text.ids[:1, :2].to(job.device)).logits.shape[-1]
     k = min(signals.teacher_top_k, vocabulary)
     identity = {"text": text.sha256, "teacher": [_hashes(name) for name in names], "weights": signals.teacher_weights}
-    with PartialState().main_process_first():
+    with _processes(job.device).main_process_first():
         keep_answers(
             teacher, text.ids.to(job.device), k=k, temperature=signals.temperature, folder=folder, identity=identity,
             progress=job.progress,
