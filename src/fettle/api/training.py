@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -28,7 +27,7 @@ from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.train import TrainMethod
 from fettle.methods.train.curve import CHECKPOINTS, Curve
-from fettle.methods.train.loop import is_main_process
+from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
 from fettle.methods.train.training import TrainJob
 from fettle.methods.train.training import train as train_stage
 from fettle.models.checkpoint import Checkpoint
@@ -212,7 +211,8 @@ def _run_stage(
     if is_main_process():
         write_json(done, line)
         shutil.rmtree(stages / f"{name}.run" / CHECKPOINTS, ignore_errors=True)  # nobody goes back behind a stage
-    _wait_for_all(device)
+    process_group(device)
+    wait_for_all()  # the next stage reads what the first process wrote
     return line
 
 
@@ -239,14 +239,6 @@ def _compress(
     compress(
         source, target, stage.recipe, device=device, threads=threads, evaluate=False, generic=generic, progress=progress
     )
-
-
-def _wait_for_all(device: str) -> None:
-    """Processes of one run go on together: the next stage reads what the first process wrote."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
-
-        PartialState(cpu=torch.device(device).type == "cpu").wait_for_everyone()
 
 
 def _measure(

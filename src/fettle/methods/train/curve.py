@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fettle.errors import NonFiniteError
 from fettle.methods.train.options import LoopFields
+from fettle.methods.train.processes import wait_for_all
 from fettle.models.writer import sync_folder, write_json, write_shard
 from fettle.progress import Task
 
@@ -114,6 +115,7 @@ class Recorder:
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Marks the checkpoint as whole and removes those before the last two."""
+        wait_for_all()  # each process writes its own random state
         if not state.is_world_process_zero:
             return
         checkpoint = self.folder / CHECKPOINTS / f"checkpoint-{state.global_step}"

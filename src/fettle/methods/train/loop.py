@@ -16,7 +16,6 @@ Cost: parameters that learn four times in float32 (values, gradients, two moment
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
 from fettle.methods.train.options import LoopFields
+from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
 from fettle.methods.train.text_mix import TrainingText
 from fettle.models.writer import write_json, write_shard
 from fettle.progress import Progress, Task
@@ -78,6 +78,8 @@ class _InOrder:
         return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[attr-defined]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_shard(folder, WEIGHTS, trainable(self.model))
@@ -120,6 +122,7 @@ def run(objective: Objective, text: TrainingText, fields: LoopFields, folder: Pa
     curve = recorder.curve
     curve.seconds = recorder.seconds() if not (found and done) else curve.seconds
     best = curve.best
+    wait_for_all()
     if fields.keep == "best" and best is not None and best[0] != len(curve.losses):
         take_(objective, folder / BEST)
     if is_main_process():
@@ -136,11 +139,6 @@ def take_(module: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, value in stored.items():
             learned[name].copy_(value)
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _recorder(objective: Objective, fields: LoopFields, folder: Path, task: Task) -> Recorder:
@@ -179,7 +177,7 @@ def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: in
     from transformers import TrainingArguments
 
     device = next(objective.parameters()).device.type
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     part, left = divmod(fields.batch_windows, processes * fields.accumulate)
     if left or not part:
         raise RecipeError(

@@ -18,9 +18,10 @@ from torch import nn
 from fettle.errors import UsageError
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.distillation import Distillation
-from fettle.methods.train.loop import is_main_process, run
+from fettle.methods.train.loop import run
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.outputs import Observed
+from fettle.methods.train.processes import is_main_process, process_group
 from fettle.methods.train.teachers import Live, Several, Teacher, keep_answers, read_answers, require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, training_text
 from fettle.models.loading import LoadedModel, load
@@ -103,7 +104,7 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         UsageError: no tokenizer, another tokenizer than the teacher's, a text that is too short.
         NonFiniteError: a loss that is NaN or infinite.
     """
-    with _processes(job.device).main_process_first():  # what a learner writes, the others find
+    with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
     loop, signals = cast(LoopFields, method), cast(SignalFields, method)
     if learner.loaded.tokenizer is None or not learner.loaded.anatomy.causal:
@@ -116,13 +117,6 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
-
-
-def _processes(device: str) -> Any:
-    """Accelerate's process group, begun before any model is loaded where there are several processes."""
-    from accelerate import PartialState  # type: ignore[import-untyped]
-
-    return PartialState(cpu=device == "cpu")
 
 
 def _objective(learner: Learner, signals: SignalFields, text: TrainingText, job: TrainJob) -> Distillation:
@@ -153,7 +147,7 @@ def _kept(teacher: Teacher, signals: SignalFields, text: TrainingText, job: Trai
     vocabulary = teacher(text.ids[:1, :2].to(job.device)).logits.shape[-1]
     k = min(signals.teacher_top_k, vocabulary)
     identity = {"text": text.sha256, "teacher": [_hashes(name) for name in names], "weights": signals.teacher_weights}
-    with _processes(job.device).main_process_first():
+    with process_group(job.device).main_process_first():
         keep_answers(
             teacher, text.ids.to(job.device), k=k, temperature=signals.temperature, folder=folder, identity=identity,
             progress=job.progress,
