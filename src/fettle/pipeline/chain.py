@@ -24,7 +24,7 @@ import yaml
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
 from fettle.methods.train import TRAIN_METHODS, Adapter, TrainMethod
-from fettle.pipeline.recipe import Recipe, load_recipe, parse_recipe, read_yaml
+from fettle.pipeline.recipe import Recipe, load_recipe, parse_file, parse_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def load_chain(path_or_name: str | Path) -> Chain:
         raise RecipeError(
             f"{unknown_word('chain', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
-    return parse_chain(read_yaml(path), str(path))
+    return parse_file(path, parse_chain)
 
 
 def shipped_chains() -> list[Path]:

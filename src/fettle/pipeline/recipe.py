@@ -18,10 +18,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -31,6 +31,7 @@ from fettle.methods.protocols import MatrixMethod
 from fettle.models.anatomy import Anatomy, Linear
 
 Storage = Literal["pack-quantized", "int-quantized"]
+Parsed = TypeVar("Parsed")
 NAMED_ONLY = frozenset({"embedding", "head", "router"})  # roles that a step must name to touch them
 
 
@@ -119,17 +120,17 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         raise RecipeError(
             f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
-    return parse_recipe(read_yaml(path), str(path))
+    return parse_file(path, parse_recipe)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file says, in plain types.
+def parse_file(path: Path, parse: Callable[[Any, str], Parsed]) -> Parsed:
+    """What `parse` makes of a YAML file's plain values; it gets them and the path, for its errors.
 
     Raises:
-        RecipeError: no YAML, a key that stands twice.
+        RecipeError: no YAML, a key that stands twice, or what `parse` refuses.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return parse(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
         raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
