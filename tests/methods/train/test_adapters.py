@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from fettle.layers import QuantizedLinear
 from fettle.methods.train import Adapter
 from fettle.methods.train.adapters import PackedBase, adaptable_, load_adapters, merge_adapter, wrapped
 from fettle.methods.train.curve import Curve
+from fettle.methods.train.training import TrainJob, train
 from fettle.models.loading import load
+
+from .conftest import SMALL
 
 peft = pytest.importorskip("peft")
 
@@ -51,10 +55,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
-OTHERS = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("rslora", "prefix")]
+OTHERS = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("rslora", "ia3", "prefix")]
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "prompt", *OTHERS])
+@pytest.mark.parametrize("kind", ["lora", "dora", "prompt", *OTHERS])
 def test_every_kind_learns_beside_codes_and_is_read_by_peft(
     kind: str, packed: dict[int, Path], tiny_llama: Path, trained: Trained
 ) -> None:
@@ -106,39 +110,45 @@ def test_gradients_beside_codes_are_those_beside_their_dense_values(packed: dict
         assert torch.allclose(gradient, found[1][name], atol=1e-5), name
 
 
-def test_merged_is_base_and_adapter_as_one(
-    packed: dict[int, Path], tiny_llama: Path, trained: Trained, tmp_path: Path
-) -> None:
-    adapter, _ = trained(Adapter, packed[4], tiny_llama, **HOW)
-    expected = logits(load_adapters(load(packed[4]), {"mine": adapter}))
-    merge_adapter(packed[4], adapter, tmp_path / "merged")
+@pytest.fixture(scope="module")
+def loras(
+    packed: dict[int, Path], tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Three trainings of LoRA beside 4 bits: two seeds, and one of them merged."""
+    folder = tmp_path_factory.mktemp("loras")
+    forms: dict[str, dict[str, Any]] = {"one": {}, "two": {"seed": 1}, "merged": {"merge": True}}
+    for name, form in forms.items():
+        method = Adapter(**{**SMALL, **HOW, **form}, text=str(text_file))
+        job = TrainJob(model=packed[4], original=tiny_llama, output=folder / name, folder=folder / f"{name}.run")
+        train(method, job)
+    return {name: folder / name for name in forms}
+
+
+def test_merged_is_base_and_adapter_as_one(packed: dict[int, Path], loras: dict[str, Path], tmp_path: Path) -> None:
+    expected = logits(load_adapters(load(packed[4]), {"mine": loras["one"]}))
+    merge_adapter(packed[4], loras["one"], tmp_path / "merged")
     merged = load(tmp_path / "merged")
     assert not any(isinstance(m, QuantizedLinear) for m in merged.model.modules())
     close = logits(merged.model)
     assert (close - expected).norm() < 0.02 * expected.norm()  # the files are bfloat16
-    output, _ = trained(Adapter, packed[4], tiny_llama, **HOW, merge=True)
-    assert torch.equal(logits(load(output).model), close)
+    assert torch.equal(logits(load(loras["merged"]).model), close)
 
 
-def test_a_merged_model_is_quantized_again_and_its_loss_measured(
-    packed: dict[int, Path], tiny_llama: Path, trained: Trained, tmp_path: Path
-) -> None:
-    merged, _ = trained(Adapter, packed[4], tiny_llama, **HOW, merge=True)
-    fettle.compress(merged, tmp_path / "again", "round-to-nearest-4bit", evaluate=False)
-    found = fettle.evaluate(tmp_path / "again", reference=merged, length=64, max_tokens=512)
+def test_a_merged_model_is_quantized_again_and_its_loss_measured(loras: dict[str, Path], tmp_path: Path) -> None:
+    fettle.compress(loras["merged"], tmp_path / "again", "round-to-nearest-4bit", evaluate=False)
+    found = fettle.evaluate(tmp_path / "again", reference=loras["merged"], length=64, max_tokens=512)
     assert found.kl_mean is not None
     assert found.kl_mean > 0
 
 
-def test_several_adapters_on_one_base_are_chosen_at_call_time(
-    packed: dict[int, Path], tiny_llama: Path, trained: Trained
-) -> None:
-    one, _ = trained(Adapter, packed[4], tiny_llama, **HOW)
-    two, _ = trained(Adapter, packed[4], tiny_llama, **HOW, seed=1)
-    both = load_adapters(load(packed[4]), {"one": one, "two": two})
-    for name, folder in (("two", two), ("one", one)):
+def test_several_adapters_on_one_base_are_chosen_at_call_time(packed: dict[int, Path], loras: dict[str, Path]) -> None:
+    both = load_adapters(load(packed[4]), {name: loras[name] for name in ("one", "two")})
+    found = {}
+    for name in ("two", "one"):
         both.set_adapter(name)
-        assert torch.equal(logits(both), logits(load_adapters(load(packed[4]), {"only": folder})))
+        found[name] = logits(both)
+        assert torch.equal(found[name], logits(load_adapters(load(packed[4]), {"only": loras[name]})))
+    assert not torch.allclose(found["one"], found["two"], atol=1e-4)
     with both.disable_adapter():
         assert torch.allclose(logits(both), logits(load(packed[4]).model), atol=1e-6)
 
@@ -153,10 +163,9 @@ def test_a_residual_start_is_nearer_to_the_original_than_the_codes(
         trained(Adapter, packed[2], packed[2], start="residual")
 
 
-def test_an_adapter_of_another_base_is_refused(packed: dict[int, Path], tiny_llama: Path, trained: Trained) -> None:
-    adapter, _ = trained(Adapter, packed[4], tiny_llama, **HOW)
+def test_an_adapter_of_another_base_is_refused(packed: dict[int, Path], loras: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="trained on another base"):
-        load_adapters(load(packed[3]), {"mine": adapter})
+        load_adapters(load(packed[3]), {"mine": loras["one"]})
     with pytest.raises(CheckpointError, match="is no adapter"):
         load_adapters(load(packed[4]), {"mine": packed[4]})
     with pytest.raises(UsageError, match="no adapter is given"):

@@ -121,7 +121,10 @@ def test_zeros_of_a_pruned_model_stay_zeros(tiny_llama: Path, trained: Trained, 
         assert (loose[name][zeros] != 0).any()  # without the mask they grow back
 
 
-@pytest.mark.parametrize("signal", ["logits", "features", "attention", "relations", "distances", "values"])
+REST = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("logits", "relations", "distances")]
+
+
+@pytest.mark.parametrize("signal", ["features", "attention", "values", *REST])
 def test_every_signal_trains_a_student_of_another_depth(tiny_llama: Path, trained: Trained, signal: str) -> None:
     _, curve = trained(Distill, tiny_llama, layers=1, soft=0.0, **{signal: 1.0}, steps=6, learning_rate=2e-3)
     assert curve.best is not None

@@ -70,7 +70,7 @@ def plain_distance(student: Tensor, teacher: Tensor) -> Tensor:
         return found / found.mean()
 
     gaps = distances(student) - distances(teacher)
-    return torch.stack([g**2 / 2 if abs(float(g)) < 1 else abs(g) - 0.5 for g in gaps]).mean()
+    return torch.stack([g**2 / 2 if abs(float(g.detach())) < 1 else abs(g) - 0.5 for g in gaps]).mean()
 
 
 def plain_values(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
