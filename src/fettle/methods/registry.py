@@ -17,8 +17,6 @@ from fettle.errors import RecipeError, unknown_word
 from fettle.methods import prune, quantize
 from fettle.methods.protocols import BasisMethod, MatrixMethod
 
-Method = TypeVar("Method", bound=MatrixMethod | BasisMethod)
-
 
 def _classes(verb: str) -> dict[str, Any]:
     """The methods that can do `verb`, by name: what the package imports beside them is none."""
@@ -30,6 +28,7 @@ def _classes(verb: str) -> dict[str, Any]:
 
 METHODS: dict[str, type[MatrixMethod]] = _classes("compress")
 BASES: dict[str, type[BasisMethod]] = _classes("residual_map")
+Built = TypeVar("Built")
 
 
 def get(name: str) -> type[MatrixMethod]:
@@ -54,23 +53,32 @@ def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
     Raises:
         RecipeError: an unknown method or field (with the nearest spelling), or a value that cannot be.
     """
-    return _from_fields(get(name), mapping)
+    return build(get(name), mapping)
 
 
 def basis_from_fields(name: str, mapping: Mapping[str, Any]) -> BasisMethod:
     """The same of a method for the whole model; `name` is one of `BASES`."""
-    return _from_fields(BASES[name], mapping)
+    return build(BASES[name], mapping)
 
 
-def _from_fields(cls: type[Method], mapping: Mapping[str, Any]) -> Method:
-    fields = [field.name for field in dataclasses.fields(cls)]
+def build(cls: type[Built], mapping: Mapping[str, Any]) -> Built:
+    """A checked instance of any method's dataclass from plain values; what is not given keeps its default.
+
+    Raises:
+        RecipeError: an unknown field (with the nearest spelling), or a value that cannot be.
+    """
+    fields = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     for key in mapping:
         if key not in fields:
-            raise RecipeError(unknown_word(f"field of the method {cls.name}", str(key), fields))
+            raise RecipeError(unknown_word(f"field of the method {_name(cls)}", str(key), fields))
     hints = get_type_hints(cls)
     method = cls(**{key: _plain(value, hints[key]) for key, value in mapping.items()})
-    validate(method)
+    validate(typing.cast(Any, method))
     return method
+
+
+def _name(cls: type) -> str:
+    return str(getattr(cls, "name", cls.__name__))
 
 
 def _plain(value: Any, hint: Any) -> Any:

@@ -21,10 +21,10 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -37,6 +37,7 @@ from fettle.tensors.scheme import Scheme
 
 Storage = Literal["pack-quantized", "int-quantized", "dense"]  # dense: pruned weights alone, zeros written out
 Allocation = Literal["uniform", "global", "sensitivity", "outliers"]
+Parsed = TypeVar("Parsed")
 NAMED_ONLY = frozenset({"embedding", "head", "router"})  # roles that a step must name to touch them
 
 
@@ -134,8 +135,17 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         raise RecipeError(
             f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
+    return parse_file(path, parse_recipe)
+
+
+def parse_file(path: Path, parse: Callable[[Any, str], Parsed]) -> Parsed:
+    """What `parse` makes of a YAML file's plain values; it gets them and the path, for its errors.
+
+    Raises:
+        RecipeError: no YAML, a key that stands twice, or what `parse` refuses.
+    """
     try:
-        return parse_recipe(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
+        return parse(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
         raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
@@ -180,6 +190,8 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     """
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: a recipe is a mapping with the key 'steps', got {type(mapping).__name__}")
+    if "stages" in mapping:
+        raise RecipeError(f"{origin}: this is a chain of stages, which train; run it with: fettle train --recipe")
     _refuse_unknown(mapping, ("name", "calibration", "storage", "allocation", "steps"), origin, "recipe key")
     steps = mapping.get("steps")
     if not isinstance(steps, list) or not steps:
