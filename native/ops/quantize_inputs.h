@@ -17,11 +17,9 @@ inline float quantize_block(const float* x, int length, int8_t* codes, float* to
   }
   const float top = largest(tops);
   const float inverse = top > 0 ? 127.0f / top : 0.0f;
-  const Floats shifter = all(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number, ties to even
   Ints sums = {};
   for (int i = 0; i < length; i += 8) {
-    const Floats scaled = load(x + i) * inverse;
-    const Ints rounded = as_ints(scaled + shifter) - as_ints(shifter);
+    const Ints rounded = to_nearest(load(x + i) * inverse);
     sums += rounded;
     for (int j = 0; j < 8; ++j) codes[i + j] = static_cast<int8_t>(rounded[j]);
   }

@@ -90,6 +90,17 @@ inline Floats round_to(Floats value, Number type) {
   return type == Number::float16 ? round_float16(value) : round_bfloat16(value);
 }
 
+// To the nearest whole number, ties to even. Not by adding 1.5 · 2^23 where there are fused multiply-adds: the compiler
+// would fuse the addition with the product that is rounded, and another instruction set would give other codes.
+inline Ints to_nearest(Floats value) {
+#if defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtps_epi32(value));
+#else
+  const Floats shifter = all(12582912.0f);
+  return as_ints(value + shifter) - as_ints(shifter);
+#endif
+}
+
 // e^x to about 2 units in the last place: 2^n · p(r) with r in ±ln 2 / 2, p by Cephes' expf. Below -87 it is 0.
 inline Floats exponential(Floats x) {
   const Ints alive = x > all(-87.0f);
