@@ -27,6 +27,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("threads", &ThreadPool::threads);
   bind_matrices(module);
   bind_decoders(module);
+  bind_limits(module);
 }
 
 }  // namespace fettle

@@ -27,23 +27,32 @@ inline const float* widen(const void* from, Number type, int64_t first, int64_t 
   return scratch;
 }
 
-// scores[j] = Σ_d query[d] · keys[d][j]
-inline void score(const float* query, const float* keys, int size, int page, float* scores) {
+// scores[r][j] = Σ_d queries[r][d] · keys[d][j], for R rows that read the keys together
+template <int R>
+inline void score(const float* const* queries, const float* keys, int size, int page, float* scores, int64_t stride) {
   int j = 0;
   for (; j + 16 <= page; j += 16) {
-    Floats a = {}, b = {};
+    Floats low[R], high[R];
+    for (int r = 0; r < R; ++r) low[r] = high[r] = Floats{};
     for (int d = 0; d < size; ++d) {
-      a += query[d] * load(keys + d * page + j);
-      b += query[d] * load(keys + d * page + j + 8);
+      const Floats a = load(keys + d * page + j), b = load(keys + d * page + j + 8);
+      for (int r = 0; r < R; ++r) {
+        const Floats q = all(queries[r][d]);
+        low[r] += q * a;
+        high[r] += q * b;
+      }
     }
-    store(scores + j, a);
-    store(scores + j + 8, b);
+    for (int r = 0; r < R; ++r) {
+      store(scores + r * stride + j, low[r]);
+      store(scores + r * stride + j + 8, high[r]);
+    }
   }
-  for (; j < page; ++j) {
-    float total = 0;
-    for (int d = 0; d < size; ++d) total += query[d] * keys[d * page + j];
-    scores[j] = total;
-  }
+  for (; j < page; ++j)
+    for (int r = 0; r < R; ++r) {
+      float total = 0;
+      for (int d = 0; d < size; ++d) total += queries[r][d] * keys[d * page + j];
+      scores[r * stride + j] = total;
+    }
 }
 
 // out = out · keep + Σ_j weights[j] · values[j], j from first to last-1
@@ -71,43 +80,74 @@ inline void accumulate(float* out, float keep, const float* weights, const float
   }
 }
 
-// Scores of positions first … last-1 of a page into the running softmax of one row.
+// Scores of positions first … last-1 of a page into the running softmax of one row. Lanes outside hold rubbish, which
+// is replaced before it is counted; scores has room for whole registers.
 inline void absorb(float* scores, int first, int last, const AttentionQueries& q, float* state, const float* values,
                    int size, float* out) {
-  float top = kNothing;
-  for (int j = first; j < last; ++j) {
-    float s = scores[j] * q.scale;
-    if (q.soft_cap != 0) s = q.soft_cap * std::tanh(s / q.soft_cap);
-    scores[j] = s;
-    top = s > top ? s : top;
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  Floats tops = all(kNothing);
+  for (int j = first / 8 * 8; j < last; j += 8) {
+    Floats s = load(scores + j) * q.scale;
+    if (q.soft_cap != 0) s = q.soft_cap * hyperbolic_tangent(s / q.soft_cap);
+    s = ((lanes + j >= first) & (lanes + j < last)) ? s : all(kNothing);
+    store(scores + j, s);
+    tops = larger(tops, s);
   }
-  const float maximum = top > state[0] ? top : state[0];
+  const float top = largest(tops), maximum = top > state[0] ? top : state[0];
   const float keep = exponential(all(state[0] - maximum))[0];
-  float total = 0;
-  for (int j = first; j < last; j += 8) {
-    const int count = last - j < 8 ? last - j : 8;
-    float part[8];
-    for (int i = 0; i < 8; ++i) part[i] = i < count ? scores[j + i] - maximum : -1000.0f;
-    const Floats power = exponential(load(part));
-    for (int i = 0; i < count; ++i) scores[j + i] = power[i];
-    total += sum(power);
+  Floats total = {};
+  for (int j = first / 8 * 8; j < last; j += 8) {
+    const Floats power = exponential(load(scores + j) - maximum);
+    store(scores + j, power);
+    total += power;
   }
   state[0] = maximum;
-  state[1] = state[1] * keep + total;
+  state[1] = state[1] * keep + sum(total);
   accumulate(out, keep, scores, values, first, last, size);
+}
+
+// Where a row's query and output lie.
+inline int64_t row_place(const AttentionQueries& q, int row, int size) {
+  return row / q.heads * q.token_stride + static_cast<int64_t>(row % q.heads) * size;
+}
+
+constexpr int kTogether = 4;  // rows that read keys from a register together
+
+// One page for all rows.
+inline void attend_page(const AttentionQueries& q, int start, int page, int size, const float* keys, const float* values,
+                        float* scores, int64_t stride, float* states) {
+  const int rows = q.tokens * q.heads;
+  for (int first = 0; first < rows; first += kTogether) {
+    const int count = rows - first < kTogether ? rows - first : kTogether;
+    if (q.position + (first + count - 1) / q.heads < start) continue;  // the page is later than all of them
+    const float* queries[kTogether];
+    for (int r = 0; r < kTogether; ++r) queries[r] = q.queries + row_place(q, first + (r < count ? r : 0), size);
+    if (count == kTogether) {
+      score<kTogether>(queries, keys, size, page, scores, stride);
+    } else {
+      for (int r = 0; r < count; ++r) score<1>(queries + r, keys, size, page, scores + r * stride, stride);
+    }
+    for (int r = 0; r < count; ++r) {
+      const int position = q.position + (first + r) / q.heads;
+      const int seen = position + 1 - start < page ? position + 1 - start : page;
+      const int lost = q.window > 0 && position + 1 - q.window > start ? position + 1 - q.window - start : 0;
+      if (lost >= seen) continue;
+      absorb(scores + r * stride, lost, seen, q, states + 2 * (first + r), values, size, q.out + row_place(q, first + r, size));
+    }
+  }
 }
 
 void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) {
   const int size = cache.head_size, page = cache.page_size, rows = q.tokens * q.heads;
-  const int64_t slab = static_cast<int64_t>(size) * page;
+  const int64_t slab = static_cast<int64_t>(size) * page, stride = (page + 7) / 8 * 8;
   float* wide_keys = scratch;
   float* wide_values = wide_keys + slab;
   float* scores = wide_values + slab;
-  float* states = scores + static_cast<int64_t>(rows) * page;
+  float* states = scores + kTogether * stride;
   for (int row = 0; row < rows; ++row) {
     states[2 * row] = kNothing;
     states[2 * row + 1] = 0;
-    float* out = q.out + (row / q.heads) * q.token_stride + (row % q.heads) * size;
+    float* out = q.out + row_place(q, row, size);
     for (int d = 0; d < size; ++d) out[d] = 0;
   }
   const int oldest = q.window > 0 && q.position + 1 > q.window ? q.position + 1 - q.window : 0;
@@ -116,18 +156,10 @@ void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) 
     const int64_t first = (static_cast<int64_t>(q.pages[number]) * cache.kv_heads + q.kv_head) * slab;
     const float* keys = widen(cache.keys, cache.type, first, slab, wide_keys);
     const float* values = widen(cache.values, cache.type, first, slab, wide_values);
-    for (int row = 0; row < rows; ++row) {
-      const int token = row / q.heads, position = q.position + token, start = number * page;
-      const int seen = position + 1 - start < page ? position + 1 - start : page;
-      const int lost = q.window > 0 && position + 1 - q.window > start ? position + 1 - q.window - start : 0;
-      if (lost >= seen) continue;
-      const int64_t at = token * q.token_stride + static_cast<int64_t>(row % q.heads) * size;
-      score(q.queries + at, keys, size, page, scores);
-      absorb(scores, lost, seen, q, states + 2 * row, values, size, q.out + at);
-    }
+    attend_page(q, number * page, page, size, keys, values, scores, stride, states);
   }
   for (int row = 0; row < rows; ++row) {
-    float* out = q.out + (row / q.heads) * q.token_stride + (row % q.heads) * size;
+    float* out = q.out + row_place(q, row, size);
     const float share = 1.0f / states[2 * row + 1];
     for (int d = 0; d < size; ++d) out[d] *= share;
   }

@@ -204,17 +204,21 @@ struct UnitPanel {
   alignas(32) float zeros[2][2 * kPanelChunks][kTileRows];
 };
 
-// 2 tiles × T tokens over the blocks of a panel; sums [T][16]. FLUSH steps fit 16 bits; a block is `segments` such runs.
-template <int FLUSH, bool SIGNED, bool CENTRED, int T>
+// 2 tiles × T tokens over the blocks of a panel; sums [T][16]. FLUSH steps fit 16 bits; a block is
+// one such run (SINGLE) or several.
+template <int FLUSH, bool SIGNED, bool CENTRED, bool SINGLE, int T>
 inline void multiply_units(const UnitPanel& panel, const QuantizedInputs& inputs, int token, int first_block, int blocks,
                            const Cut& cut, float zero, float* sums) {
-  const int padded = cut.padded(), all_blocks = cut.blocks(), segments = cut.block / (FLUSH * kStepColumns);
+  const int padded = cut.padded(), all_blocks = cut.blocks();
+  const int segments = SINGLE ? 1 : cut.block / (FLUSH * kStepColumns);
   const __m256i minus_zero = _mm256_set1_epi16(static_cast<int16_t>(-zero));
   const int8_t* codes = inputs.codes + static_cast<int64_t>(token) * padded + first_block * cut.block;
   const int32_t* pairs = inputs.pairs + static_cast<int64_t>(token) * (padded / 16) + first_block * (cut.block / 16);
   const uint8_t *low = panel.units[0], *high = panel.units[1];
   for (int block = 0; block < blocks; ++block) {
     __m256i dots[2][T];
+    if constexpr (!SINGLE)
+      for (int t = 0; t < T; ++t) dots[0][t] = dots[1][t] = _mm256_setzero_si256();
     for (int segment = 0; segment < segments; ++segment) {
       __m256i narrow[2][T];
       for (int t = 0; t < T; ++t) {
@@ -238,7 +242,7 @@ inline void multiply_units(const UnitPanel& panel, const QuantizedInputs& inputs
       for (int t = 0; t < T; ++t)
         for (int i = 0; i < 2; ++i) {
           const __m256i wide = widen_pairs(narrow[i][t]);
-          dots[i][t] = segment == 0 ? wide : _mm256_add_epi32(dots[i][t], wide);
+          dots[i][t] = SINGLE ? wide : _mm256_add_epi32(dots[i][t], wide);
         }
       low += FLUSH * kStepBytes;
       high += FLUSH * kStepBytes;
@@ -278,14 +282,14 @@ inline void fill_units(const CodedMatrix& weight, int tile, int first_block, int
   }
 }
 
-template <int FLUSH, bool SIGNED, bool CENTRED>
+template <int FLUSH, bool SIGNED, bool CENTRED, bool SINGLE>
 inline void multiply_all(const UnitPanel& panel, const QuantizedInputs& inputs, int first_block, int blocks, const Cut& cut,
                          float zero, float* sums) {
   int t = 0;
   for (; t + 4 <= inputs.tokens; t += 4)
-    multiply_units<FLUSH, SIGNED, CENTRED, 4>(panel, inputs, t, first_block, blocks, cut, zero, sums + t * 16);
+    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 4>(panel, inputs, t, first_block, blocks, cut, zero, sums + t * 16);
   for (; t < inputs.tokens; ++t)
-    multiply_units<FLUSH, SIGNED, CENTRED, 1>(panel, inputs, t, first_block, blocks, cut, zero, sums + t * 16);
+    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 1>(panel, inputs, t, first_block, blocks, cut, zero, sums + t * 16);
 }
 
 template <int BITS, Units UNITS, bool CENTRED>
@@ -304,9 +308,11 @@ void many_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span 
       const int blocks = cut.blocks() - first < step ? cut.blocks() - first : step;
       for (int side = 0; side < 2; ++side) fill_units<BITS, UNITS>(weight, tile + (side < sides ? side : 0), first, blocks, *panel, side);
       if (cut.block < kChunkColumns) {
-        multiply_all<kHalfFlush, BITS == 8, CENTRED>(*panel, inputs, first, blocks, cut, weight.zero, sums);
+        multiply_all<kHalfFlush, BITS == 8, CENTRED, false>(*panel, inputs, first, blocks, cut, weight.zero, sums);
+      } else if (cut.block == kFlush * kStepColumns) {
+        multiply_all<kFlush, BITS == 8, CENTRED, true>(*panel, inputs, first, blocks, cut, weight.zero, sums);
       } else {
-        multiply_all<kFlush, BITS == 8, CENTRED>(*panel, inputs, first, blocks, cut, weight.zero, sums);
+        multiply_all<kFlush, BITS == 8, CENTRED, false>(*panel, inputs, first, blocks, cut, weight.zero, sums);
       }
     }
     const int row = tile * kTileRows;

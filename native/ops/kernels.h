@@ -68,6 +68,10 @@ struct Kernels {
   void (*activate)(Gate gate, float* x, const float* times, int size);  // x = gate(x) · times; times may be null
   void (*soft_cap)(float* x, float cap, int64_t size);                  // x = cap · tanh(x / cap)
   void (*attend)(const CacheLayer& cache, const AttentionQueries& queries, float* scratch);
+  // What the machine can do at best: reads `bytes` (a multiple of 256) and returns something that depends on them; does
+  // `rounds` of the multiply-adds of bytes that integer products are made of and returns their number.
+  uint64_t (*read_bytes)(const uint8_t* from, int64_t bytes);
+  int64_t (*multiply_adds)(int64_t rounds);
   void (*store_keys_values)(const CacheLayer& cache, int page, int slot, const float* keys, const float* values);
 };
 

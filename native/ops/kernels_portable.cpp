@@ -1,5 +1,7 @@
 // The kernels for any processor: what the others are compared with, and what runs where there is nothing better.
 
+#include <cstring>
+
 #include "ops/attention.h"
 #include "ops/float_matmul.h"
 #include "ops/kernels.h"
@@ -56,12 +58,31 @@ void coded_integer_matmul(const CodedMatrix& weight, const QuantizedInputs& inpu
   delete[] sums;
 }
 
+uint64_t read_bytes(const uint8_t* from, int64_t bytes) {
+  uint64_t total = 0, word;
+  for (int64_t i = 0; i + 8 <= bytes; i += 8) {
+    std::memcpy(&word, from + i, sizeof word);
+    total ^= word;
+  }
+  return total;
+}
+
+int64_t multiply_adds(int64_t rounds) {
+  volatile int32_t factor = 3;
+  int32_t sums[16] = {};
+  for (int64_t round = 0; round < rounds; ++round)
+    for (int i = 0; i < 16; ++i) sums[i] += factor * static_cast<int32_t>(round + i);
+  volatile int32_t kept = 0;
+  for (int i = 0; i < 16; ++i) kept = kept + sums[i];
+  return rounds * 16;
+}
+
 }  // namespace
 
 const Kernels& portable_kernels() {
   static const Kernels table = {
-      "portable", quantize_inputs, coded_integer_matmul, coded_float_matmul, dense_matmul, coded_row, dense_row, rms_norm,
-      layer_norm, rotate,          activate,             soft_cap,           attend,       store_keys_values,
+      "portable", quantize_inputs, coded_integer_matmul, coded_float_matmul, dense_matmul, coded_row, dense_row,
+      rms_norm, layer_norm, rotate, activate, soft_cap, attend, read_bytes, multiply_adds, store_keys_values,
   };
   return table;
 }

@@ -21,7 +21,8 @@ inline float quantize_block(const float* x, int length, int8_t* codes, float* to
   for (int i = 0; i < length; i += 8) {
     const Ints rounded = to_nearest(load(x + i) * inverse);
     sums += rounded;
-    for (int j = 0; j < 8; ++j) codes[i + j] = static_cast<int8_t>(rounded[j]);
+    const Bytes bytes = __builtin_convertvector(rounded, Bytes);
+    std::memcpy(codes + i, &bytes, sizeof bytes);
   }
   int sum = 0;
   for (int j = 0; j < 8; ++j) sum += sums[j];

@@ -18,6 +18,7 @@ namespace {
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(8)));
 
 inline Floats load(const float* from) {
   Floats value;

@@ -62,7 +62,6 @@ def units_of(grid: Grid) -> tuple[Tensor, float, float]:
 def integer_reference(weight: QuantizedTensor, inputs: Tensor, block: int) -> Tensor:
     """What the integer kernels compute, in float64 but for the rounding of the inputs, which is theirs to the bit."""
     width = weight.scheme.group_width(weight.shape[1])
-    padded = 16 if width <= 16 and width < weight.shape[1] else -(-width // 32) * 32
     units, zero, size = units_of(weight.scheme.grid)
     total = torch.zeros(len(inputs), weight.shape[0], dtype=torch.float64)
     for group in range(weight.scale.shape[1]):
@@ -70,13 +69,12 @@ def integer_reference(weight: QuantizedTensor, inputs: Tensor, block: int) -> Te
             columns = slice(start, min(start + block, (group + 1) * width, weight.shape[1]))
             part = inputs[:, columns]
             top = part.abs().amax(1, keepdim=True)
-            codes = (part * torch.where(top > 0, 127 / top, 0)).round()
+            codes = (part * torch.where(top > 0, torch.tensor(127.0) / top, 0)).round()
             zeros = torch.full((1, 1), zero) if weight.zero_point is None else units[weight.zero_point[:, group : group + 1].long()]
             centred = (units[weight.codes[:, columns].long()] - zeros).double()  # [out, n]
             product = codes.double() @ centred.T
             scales = weight.scale[:, group].double() * size
             total += product * scales * (top / 127).double()
-    assert padded % min(block, padded) == 0
     return total * (1.0 if weight.tensor_scale is None else float(weight.tensor_scale))
 
 
@@ -100,6 +98,7 @@ def test_float_inputs_give_the_reference(grid: Grid, shape: tuple[int, int], poo
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("grid", [g for g in GRIDS if not g.is_learned and (g.bits <= 4 or g.is_uniform)], ids=lambda grid: f"{grid.name}{grid.bits}")
 def test_integer_inputs_give_the_sums_of_rounded_inputs(grid: Grid, shape: tuple[int, int], pool: Any) -> None:
+    torch.manual_seed(0)
     for group, scale in ((32, "float32"), (16, "bfloat16"), (24, "float16"), (None, "float32"), (128, "float8_e4m3fn"), (64, "float32")):
         zero_point = grid.is_uniform and group in (24, 64)
         weight = random_quantized(scheme_of(grid, group, zero_point, scale), shape)
