@@ -20,9 +20,7 @@ from scikit_build_core.build import *  # noqa: F403  the other hooks of PEP 517
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 
 
-def build_editable(
-    wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
-) -> str:
+def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     """Builds, puts the module into src/fettle/, and leaves a wheel with the path to src/."""
     name = _scikit.build_editable(wheel_directory, config_settings, metadata_directory)
     whole = Path(wheel_directory) / name

@@ -70,7 +70,11 @@ def integer_reference(weight: QuantizedTensor, inputs: Tensor, block: int) -> Te
             part = inputs[:, columns]
             top = part.abs().amax(1, keepdim=True)
             codes = (part * torch.where(top > 0, torch.tensor(127.0) / top, 0)).round()
-            zeros = torch.full((1, 1), zero) if weight.zero_point is None else units[weight.zero_point[:, group : group + 1].long()]
+            zeros = (
+                torch.full((1, 1), zero)
+                if weight.zero_point is None
+                else units[weight.zero_point[:, group : group + 1].long()]
+            )
             centred = (units[weight.codes[:, columns].long()] - zeros).double()  # [out, n]
             product = codes.double() @ centred.T
             scales = weight.scale[:, group].double() * size
@@ -96,10 +100,21 @@ def test_float_inputs_give_the_reference(grid: Grid, shape: tuple[int, int], poo
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("grid", [g for g in GRIDS if not g.is_learned and (g.bits <= 4 or g.is_uniform)], ids=lambda grid: f"{grid.name}{grid.bits}")
+@pytest.mark.parametrize(
+    "grid",
+    [g for g in GRIDS if not g.is_learned and (g.bits <= 4 or g.is_uniform)],
+    ids=lambda grid: f"{grid.name}{grid.bits}",
+)
 def test_integer_inputs_give_the_sums_of_rounded_inputs(grid: Grid, shape: tuple[int, int], pool: Any) -> None:
     torch.manual_seed(0)
-    for group, scale in ((32, "float32"), (16, "bfloat16"), (24, "float16"), (None, "float32"), (128, "float8_e4m3fn"), (64, "float32")):
+    for group, scale in (
+        (32, "float32"),
+        (16, "bfloat16"),
+        (24, "float16"),
+        (None, "float32"),
+        (128, "float8_e4m3fn"),
+        (64, "float32"),
+    ):
         zero_point = grid.is_uniform and group in (24, 64)
         weight = random_quantized(scheme_of(grid, group, zero_point, scale), shape)
         matrix = native.coded_matrix(weight, pool)

@@ -65,9 +65,7 @@ class NativeRunner:
             CheckpointError: damaged files.
         """
         if min(pages, page_size) < 1 or (threads is not None and threads < 1):
-            raise UsageError(
-                f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1"
-            )
+            raise UsageError(f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1")
         if cache_type not in ("float16", "float32"):
             raise UsageError(unknown_word("cache type", str(cache_type), ("float16", "float32")))
         native = plane()

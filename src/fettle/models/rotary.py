@@ -55,9 +55,7 @@ def read_rotary(tree: nn.Module) -> Rotary | None:
         switch = int(config.rope_parameters["original_max_position_embeddings"])
         long = _numbers(ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=switch + 1)[0])
     frequencies = _numbers(module.get_buffer("inv_freq"))
-    return Rotary(
-        frequencies=frequencies, long_frequencies=long, factor=float(module.attention_scaling), switch=switch
-    )
+    return Rotary(frequencies=frequencies, long_frequencies=long, factor=float(module.attention_scaling), switch=switch)
 
 
 def _numbers(values: torch.Tensor) -> NDArray[np.float32]:
