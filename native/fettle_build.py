@@ -1,7 +1,8 @@
 """The build backend: scikit-build-core, except that an editable install is a plain path to src/.
 
-scikit-build-core's own editable installs put an import hook in front of everything, so PYTHONPATH could no longer choose
-another checkout. Here the compiled module goes into src/fettle/ (which git ignores) and the wheel holds one .pth file.
+scikit-build-core's own editable installs put an import hook in front of everything, so PYTHONPATH could no longer
+choose another checkout. Here the compiled module goes into src/fettle/ (which git ignores), and the wheel holds one
+.pth file.
 """
 
 from __future__ import annotations

@@ -204,16 +204,15 @@ struct UnitPanel {
   alignas(32) float zeros[2][2 * kPanelChunks][kTileRows];
 };
 
-// 2 tiles × T tokens over the blocks of a panel; sums [T][16]. FLUSH steps fit 16 bits; a block is
-// one such run (SINGLE) or several.
+// 2 tiles × T tokens over the blocks of a panel; sums [T][16]. FLUSH steps fit 16 bits; a block is one such run (SINGLE)
+// or several. starts: where each run of a token begins, [tokens][run_count] as pairs of 16 bits; of CENTRED kernels only.
 template <int FLUSH, bool SIGNED, bool CENTRED, bool SINGLE, int T>
 inline void multiply_units(const UnitPanel& panel, const QuantizedInputs& inputs, int token, int first_block, int blocks,
-                           const Cut& cut, float zero, float* sums) {
-  const int padded = cut.padded(), all_blocks = cut.blocks();
+                           const Cut& cut, const int32_t* starts, float* sums) {
+  const int padded = cut.padded(), all_blocks = cut.blocks(), runs = padded / (FLUSH * kStepColumns);
   const int segments = SINGLE ? 1 : cut.block / (FLUSH * kStepColumns);
-  const __m256i minus_zero = _mm256_set1_epi16(static_cast<int16_t>(-zero));
   const int8_t* codes = inputs.codes + static_cast<int64_t>(token) * padded + first_block * cut.block;
-  const int32_t* pairs = inputs.pairs + static_cast<int64_t>(token) * (padded / 16) + first_block * (cut.block / 16);
+  if constexpr (CENTRED && !SIGNED) starts += static_cast<int64_t>(token) * runs + first_block * segments;
   const uint8_t *low = panel.units[0], *high = panel.units[1];
   for (int block = 0; block < blocks; ++block) {
     __m256i dots[2][T];
@@ -223,11 +222,7 @@ inline void multiply_units(const UnitPanel& panel, const QuantizedInputs& inputs
       __m256i narrow[2][T];
       for (int t = 0; t < T; ++t) {
         __m256i start = _mm256_setzero_si256();
-        if constexpr (CENTRED && !SIGNED) {
-          start = _mm256_set1_epi32(pairs[t * (padded / 16)]);
-          if constexpr (FLUSH == 8) start = _mm256_add_epi16(start, _mm256_set1_epi32(pairs[t * (padded / 16) + 1]));
-          start = _mm256_mullo_epi16(start, minus_zero);
-        }
+        if constexpr (CENTRED && !SIGNED) start = _mm256_set1_epi32(starts[t * runs]);
         narrow[0][t] = narrow[1][t] = start;
       }
 #pragma GCC unroll 8
@@ -247,7 +242,7 @@ inline void multiply_units(const UnitPanel& panel, const QuantizedInputs& inputs
       low += FLUSH * kStepBytes;
       high += FLUSH * kStepBytes;
       codes += FLUSH * kStepColumns;
-      if constexpr (FLUSH >= kHalfSteps) pairs += FLUSH / kHalfSteps;
+      if constexpr (CENTRED && !SIGNED) ++starts;
     }
     for (int i = 0; i < 2; ++i) {
       const __m256 scales = _mm256_load_ps(panel.scales[i][block]), zeros = _mm256_load_ps(panel.zeros[i][block]);
@@ -258,6 +253,25 @@ inline void multiply_units(const UnitPanel& panel, const QuantizedInputs& inputs
       }
     }
   }
+}
+
+// -zero · Σ codes of each run of FLUSH steps, in the pairs of columns in which maddubs adds: [tokens][runs].
+template <int FLUSH>
+inline int32_t* run_starts(const QuantizedInputs& inputs, const Cut& cut, float zero) {
+  constexpr int kHalves = FLUSH / kHalfSteps;  // at least one: see CENTRED in choose
+  const int64_t runs = cut.padded() / (FLUSH * kStepColumns), count = inputs.tokens * runs;
+  int32_t* starts = new int32_t[static_cast<size_t>(count)];
+  const int minus = -static_cast<int>(zero);
+  for (int64_t i = 0; i < count; ++i) {
+    int low = 0, high = 0;
+    for (int half = 0; half < kHalves; ++half) {
+      const int32_t pair = inputs.pairs[i * kHalves + half];
+      low += static_cast<int16_t>(pair & 0xffff);
+      high += static_cast<int16_t>(pair >> 16);
+    }
+    starts[i] = static_cast<int32_t>((static_cast<uint32_t>(minus * high) << 16) | (static_cast<uint32_t>(minus * low) & 0xffffu));
+  }
+  return starts;
 }
 
 template <int BITS, Units UNITS>
@@ -284,44 +298,57 @@ inline void fill_units(const CodedMatrix& weight, int tile, int first_block, int
 
 template <int FLUSH, bool SIGNED, bool CENTRED, bool SINGLE>
 inline void multiply_all(const UnitPanel& panel, const QuantizedInputs& inputs, int first_block, int blocks, const Cut& cut,
-                         float zero, float* sums) {
+                         const int32_t* starts, float* sums) {
   int t = 0;
   for (; t + 4 <= inputs.tokens; t += 4)
-    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 4>(panel, inputs, t, first_block, blocks, cut, zero, sums + t * 16);
+    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 4>(panel, inputs, t, first_block, blocks, cut, starts, sums + t * 16);
   for (; t < inputs.tokens; ++t)
-    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 1>(panel, inputs, t, first_block, blocks, cut, zero, sums + t * 16);
+    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 1>(panel, inputs, t, first_block, blocks, cut, starts, sums + t * 16);
 }
 
-template <int BITS, Units UNITS, bool CENTRED>
-void many_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
-  constexpr int kFlush = flush_steps(BITS, UNITS);
-  constexpr int kHalfFlush = kFlush < kHalfSteps ? kFlush : kHalfSteps;  // for blocks of half a chunk
+// All tokens with runs of FLUSH steps.
+template <int BITS, Units UNITS, bool CENTRED, int FLUSH, bool SINGLE>
+void many_in_runs(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
   const Cut& cut = weight.cut;
   const int step = kPanelChunks * kChunkColumns / cut.block / 2 * 2;  // blocks of a panel, whole chunks
   const float gain = weight.gain * weight.unit_size;
   UnitPanel* panel = new UnitPanel;
   float* sums = new float[static_cast<size_t>(inputs.tokens) * 16];
+  const int32_t* starts = nullptr;
+  if constexpr (CENTRED && BITS != 8) starts = run_starts<FLUSH>(inputs, cut, weight.zero);
   for (int tile = span.first; tile < span.last; tile += 2) {
     const int sides = tile + 1 < span.last ? 2 : 1;
     std::memset(sums, 0, sizeof(float) * static_cast<size_t>(inputs.tokens) * 16);
     for (int first = 0; first < cut.blocks(); first += step) {
       const int blocks = cut.blocks() - first < step ? cut.blocks() - first : step;
-      for (int side = 0; side < 2; ++side) fill_units<BITS, UNITS>(weight, tile + (side < sides ? side : 0), first, blocks, *panel, side);
-      if (cut.block < kChunkColumns) {
-        multiply_all<kHalfFlush, BITS == 8, CENTRED, false>(*panel, inputs, first, blocks, cut, weight.zero, sums);
-      } else if (cut.block == kFlush * kStepColumns) {
-        multiply_all<kFlush, BITS == 8, CENTRED, true>(*panel, inputs, first, blocks, cut, weight.zero, sums);
-      } else {
-        multiply_all<kFlush, BITS == 8, CENTRED, false>(*panel, inputs, first, blocks, cut, weight.zero, sums);
-      }
+      for (int side = 0; side < 2; ++side)
+        fill_units<BITS, UNITS>(weight, tile + (side < sides ? side : 0), first, blocks, *panel, side);
+      multiply_all<FLUSH, BITS == 8, CENTRED, SINGLE>(*panel, inputs, first, blocks, cut, starts, sums);
     }
     const int row = tile * kTileRows;
     const int rows = weight.rows - row < sides * kTileRows ? weight.rows - row : sides * kTileRows;
     for (int t = 0; t < inputs.tokens; ++t)
       for (int i = 0; i < rows; ++i) out[t * stride + row + i] = sums[t * 16 + i] * gain;
   }
+  delete[] starts;
   delete[] sums;
   delete panel;
+}
+
+template <int BITS, Units UNITS, bool CENTRED>
+void many_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
+  constexpr int kFlush = flush_steps(BITS, UNITS);
+  constexpr int kHalf = kFlush < kHalfSteps ? kFlush : kHalfSteps;  // for blocks of half a chunk
+  if (weight.cut.block < kChunkColumns) return many_in_runs<BITS, UNITS, CENTRED, kHalf, kHalf == kHalfSteps>(weight, inputs, span, out, stride);
+  if constexpr (CENTRED && BITS <= 4) {
+    // What a sum is in the end fits 16 bits for twice as many steps, 8 · 127 · 32 = 32,512, and what it wraps through
+    // on the way does not matter.
+    const bool near = weight.zero <= 8 && (1 << BITS) - 1 - weight.zero <= 8;
+    if (near && weight.cut.block % (16 * kStepColumns) == 0)
+      return many_in_runs<BITS, UNITS, CENTRED, 16, false>(weight, inputs, span, out, stride);
+  }
+  if (weight.cut.block == kFlush * kStepColumns) return many_in_runs<BITS, UNITS, CENTRED, kFlush, true>(weight, inputs, span, out, stride);
+  many_in_runs<BITS, UNITS, CENTRED, kFlush, false>(weight, inputs, span, out, stride);
 }
 
 // ---- which of them

@@ -18,10 +18,10 @@ from fettle.tensors.quantized import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the native data plane is not built")
 
-SHAPES = [(1, 1), (13, 172), (8, 32), (29, 640), (64, 129)]
+SHAPES = [(1, 1), (13, 172), (29, 640)]
 GRIDS = [
-    named("binary"), named("ternary"), uniform(2), uniform(3), uniform(4), uniform(5), uniform(6), uniform(7), uniform(8),
-    named("normal_float", 4), named("normal_float", 3), named("float", 4), named("power_of_two", 4),
+    named("binary"), named("ternary"), *map(uniform, range(2, 9)), named("normal_float", 4),
+    named("normal_float", 3), named("float", 4), named("power_of_two", 4),
     named("normal_float", 6), named("float", 8), named("learned", 3),
 ]  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_integer_inputs_give_the_sums_of_rounded_inputs(grid: Grid, shape: tuple
         weight = random_quantized(scheme_of(grid, group, zero_point, scale), shape)
         matrix = native.coded_matrix(weight, pool)
         found = []
-        for tokens in (1, 2, 3, 4, 5, 9):
+        for tokens in (1, 3, 5, 9):
             inputs = torch.randn(tokens, shape[1])
             inputs[0] *= 0 if tokens == 3 else 1
             expected = integer_reference(weight, inputs, matrix.block)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.parity.compressed import make_scheme, write_compressed
-from tests.parity.tiny_models import TINY, random_ids, reference_output, write_model
 
 from fettle.engine.native_runner import NativeRunner
 from fettle.engine.runner import Piece, pack
 from fettle.errors import UsageError
 from fettle.kernels import native
 from fettle.models.loading import load
+from tests.parity.compressed import make_scheme, write_compressed
+from tests.parity.tiny_models import TINY, random_ids, reference_output, write_model
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the native data plane is not built")
 
@@ -59,7 +59,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_neighbours_in_a_batch_change_nothing(tmp_path: Path) -> None:
-    """Decoding, prefill and guesses mixed, other page sizes, other threads, pages copied: the same logits to the bit."""
+    """Decoding, prefill and guesses mixed, other pages, other threads, pages copied: the same logits to the bit."""
     write_model("mistral", tmp_path)
     texts = [random_ids(count, seed=count).tolist() for count in (19, 7, 12)]
     runner = open_runner(tmp_path)

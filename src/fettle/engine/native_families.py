@@ -6,6 +6,7 @@ transformers, first found wins. A new family costs a row here, if its blocks are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,7 +116,7 @@ def attention_scale(config: Any, block: int, head_size: int) -> float:
     """What scores are multiplied by before the softmax."""
     if getattr(config, "attention_layers", None) is not None:
         return 1.0  # GPT-Neo was trained so
-    scale = float(setting(config, ("query_pre_attn_scalar",), head_size)) ** -0.5
+    scale = 1.0 / math.sqrt(float(setting(config, ("query_pre_attn_scalar",), head_size)))
     if getattr(config, "scale_attn_weights", True) is False:
         scale = 1.0
     return scale / (block + 1) if getattr(config, "scale_attn_by_inverse_layer_idx", False) else scale

@@ -3,9 +3,9 @@
     checkpoint + anatomy (where matrices are) + families (what stands between them) + transformers' configuration
         → {"hidden": …, "blocks": [{"query": {"matrix": …, "bias": …}, "attention_norm": …}, …]}
 
-Matrices that a family stores as one, query with key and value or gate with up, are cut into their rows: a row is codes and
-scales of its own, so nothing is rounded again. One block's stored tensors are in memory at a time, beside the finished
-table.
+Matrices that a family stores as one, query with key and value or gate with up, are cut into their rows: a row is codes
+and scales of its own, so nothing is rounded again. One matrix as it was stored is in memory at a time, beside the
+finished table.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _span(rows: Sequence[int]) -> Any:
 
 
 def _rows_of(weight: QuantizedTensor, rows: Sequence[int] | None) -> QuantizedTensor:
-    """Some rows of a compressed weight, rounded as they were; with a remainder as values, which it cannot be cut from."""
+    """Some rows of a compressed weight, rounded as they were; raises UsageError for one with a remainder."""
     if rows is None:
         return weight
     if weight.remainder is not None:

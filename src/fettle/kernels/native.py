@@ -70,7 +70,8 @@ def explain_runtime() -> str:
         "portable": "this processor or this build has no AVX2",
     }
     beside = ", and AVX-512 VNNI, for which there are no kernels yet" if found["avx512_vnni"] else ""
-    return f"native, {found['instructions']} kernels on {os.cpu_count()} processors: {reasons[found['instructions']]}{beside}"
+    name = found["instructions"]
+    return f"native, {name} kernels on {os.cpu_count()} processors: {reasons[name]}{beside}"
 
 
 def default_threads() -> int:

@@ -2,14 +2,16 @@
 
     angle[position, i] = position · frequencies[i]        cosine and sine are multiplied by `factor`
 
-All scalings of the families (linear, llama3, yarn, longrope) end in a table of frequencies and a factor, and transformers
-computes both when it builds the model; asking its module keeps the native decoder free of formulas. Longrope has a second
-table for sequences that grow beyond the length of pretraining. NTK's "dynamic" has one for every length and is refused.
+All scalings of the families (linear, llama3, yarn, longrope) end in a table of frequencies and a factor, and
+transformers computes both when it builds the model; asking its module keeps the native decoder free of formulas.
+Longrope has a second table for sequences that grow beyond the length of pretraining. NTK's "dynamic" has one for every
+length and is refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +44,8 @@ def read_rotary(tree: nn.Module) -> Rotary | None:
     Raises:
         UsageError: frequencies that depend on the length of every sequence.
     """
-    module = next((m for m in tree.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)), None)
+    turning = (m for m in tree.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor))
+    module: Any = next(turning, None)
     if module is None:
         return None
     kind, config = str(getattr(module, "rope_type", "default")), module.config
