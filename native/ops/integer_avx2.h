@@ -296,42 +296,52 @@ inline void fill_units(const CodedMatrix& weight, int tile, int first_block, int
   }
 }
 
+// Tokens first … last-1; sums [last - first][16].
 template <int FLUSH, bool SIGNED, bool CENTRED, bool SINGLE>
-inline void multiply_all(const UnitPanel& panel, const QuantizedInputs& inputs, int first_block, int blocks, const Cut& cut,
-                         const int32_t* starts, float* sums) {
-  int t = 0;
-  for (; t + 4 <= inputs.tokens; t += 4)
-    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 4>(panel, inputs, t, first_block, blocks, cut, starts, sums + t * 16);
-  for (; t < inputs.tokens; ++t)
-    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 1>(panel, inputs, t, first_block, blocks, cut, starts, sums + t * 16);
+inline void multiply_all(const UnitPanel& panel, const QuantizedInputs& inputs, int first, int last, int first_block, int blocks,
+                         const Cut& cut, const int32_t* starts, float* sums) {
+  int t = first;
+  for (; t + 4 <= last; t += 4, sums += 4 * 16)
+    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 4>(panel, inputs, t, first_block, blocks, cut, starts, sums);
+  for (; t < last; ++t, sums += 16)
+    multiply_units<FLUSH, SIGNED, CENTRED, SINGLE, 1>(panel, inputs, t, first_block, blocks, cut, starts, sums);
 }
+
+// Tokens that a panel is multiplied with before the next: their sums stay in the first-level cache, their codes in the
+// second, while all rows pass; unpacking the panel again for the next ones costs a hundredth.
+constexpr int kTogetherTokens = 64;
 
 // All tokens with runs of FLUSH steps.
 template <int BITS, Units UNITS, bool CENTRED, int FLUSH, bool SINGLE>
 void many_in_runs(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
   const Cut& cut = weight.cut;
   const int step = kPanelChunks * kChunkColumns / cut.block / 2 * 2;  // blocks of a panel, whole chunks
-  const float gain = weight.gain * weight.unit_size;
+  const __m256 gain = _mm256_set1_ps(weight.gain * weight.unit_size);
   UnitPanel* panel = new UnitPanel;
-  float* sums = new float[static_cast<size_t>(inputs.tokens) * 16];
+  alignas(32) float sums[kTogetherTokens * 2 * kTileRows];
   const int32_t* starts = nullptr;
   if constexpr (CENTRED && BITS != 8) starts = run_starts<FLUSH>(inputs, cut, weight.zero);
-  for (int tile = span.first; tile < span.last; tile += 2) {
-    const int sides = tile + 1 < span.last ? 2 : 1;
-    std::memset(sums, 0, sizeof(float) * static_cast<size_t>(inputs.tokens) * 16);
-    for (int first = 0; first < cut.blocks(); first += step) {
-      const int blocks = cut.blocks() - first < step ? cut.blocks() - first : step;
-      for (int side = 0; side < 2; ++side)
-        fill_units<BITS, UNITS>(weight, tile + (side < sides ? side : 0), first, blocks, *panel, side);
-      multiply_all<FLUSH, BITS == 8, CENTRED, SINGLE>(*panel, inputs, first, blocks, cut, starts, sums);
+  for (int token = 0; token < inputs.tokens; token += kTogetherTokens) {
+    const int last = token + kTogetherTokens < inputs.tokens ? token + kTogetherTokens : inputs.tokens;
+    for (int tile = span.first; tile < span.last; tile += 2) {
+      const int sides = tile + 1 < span.last ? 2 : 1;
+      std::memset(sums, 0, sizeof sums);
+      for (int first = 0; first < cut.blocks(); first += step) {
+        const int blocks = cut.blocks() - first < step ? cut.blocks() - first : step;
+        for (int side = 0; side < 2; ++side)
+          fill_units<BITS, UNITS>(weight, tile + (side < sides ? side : 0), first, blocks, *panel, side);
+        multiply_all<FLUSH, BITS == 8, CENTRED, SINGLE>(*panel, inputs, token, last, first, blocks, cut, starts, sums);
+      }
+      for (int side = 0; side < sides; ++side) {
+        const int row = (tile + side) * kTileRows;
+        for (int t = token; t < last; ++t) {
+          const __m256 sum = _mm256_load_ps(sums + ((t - token) * 2 + side) * kTileRows);
+          store_rows(out + t * stride + row, _mm256_mul_ps(sum, gain), weight.rows - row);
+        }
+      }
     }
-    const int row = tile * kTileRows;
-    const int rows = weight.rows - row < sides * kTileRows ? weight.rows - row : sides * kTileRows;
-    for (int t = 0; t < inputs.tokens; ++t)
-      for (int i = 0; i < rows; ++i) out[t * stride + row + i] = sums[t * 16 + i] * gain;
   }
   delete[] starts;
-  delete[] sums;
   delete panel;
 }
 
