@@ -17,7 +17,7 @@ from fettle.api.questions import evaluate as measure_folder
 from fettle.api.questions import generate
 from fettle.data.tokenizer import has_tokenizer, load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
-from fettle.engine.completion import checked_prompt
+from fettle.engine.prompts import checked_prompt
 from fettle.errors import UsageError
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
