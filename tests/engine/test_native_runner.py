@@ -1,4 +1,4 @@
-"""The engine over the native runner: the torch runner's tokens, through continuous batching, short caches and guesses."""
+"""The engine over the native runner: the torch runner's tokens, through batching, short caches and guesses."""
 
 from __future__ import annotations
 

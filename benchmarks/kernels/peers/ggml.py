@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 
-TYPES = {"Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "Q2_K": (10, 256, 84), "Q4_K": (12, 256, 144), "TQ2_0": (35, 256, 66)}
+TYPES = {
+    "Q4_0": (2, 32, 18),
+    "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84),
+    "Q4_K": (12, 256, 144),
+    "TQ2_0": (35, 256, 66),
+}
 FLOAT32 = 0
 
 
@@ -72,7 +78,12 @@ class Ggml:
             pointer, size = ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.nbytes)
             self._call(self.base, "ggml_backend_tensor_set", each, pointer, ctypes.c_size_t(0), size)
         inputs = self._call(
-            self.base, "ggml_new_tensor_2d", work, ctypes.c_int(FLOAT32), ctypes.c_int64(columns), ctypes.c_int64(tokens)
+            self.base,
+            "ggml_new_tensor_2d",
+            work,
+            ctypes.c_int(FLOAT32),
+            ctypes.c_int64(columns),
+            ctypes.c_int64(tokens),
         )
         graph = self._call(self.base, "ggml_new_graph", work)
         for each in made:

@@ -3,9 +3,8 @@
     Batch → fettle._native.Decoder.step → logits
 
 It is opened from a checkpoint's files, and torch only reads them. With `integer` the inputs of compressed linears
-become bytes, a scale a token and block of columns (`kernels/native.py` has the formula); without, sums are in float32 and
-equal the torch reference's up to their order.
-Dense weights are always multiplied in float32.
+become bytes, a scale a token and block of columns (`kernels/native.py` has the formula); without, sums are in float32
+and equal the torch reference's up to their order. Dense weights are always multiplied in float32.
 
 Cost: the weights as stored, and the cache, whose pages take memory when they are first written.
 """
