@@ -4,9 +4,9 @@
 
 For each format: one token (memory is the limit; the weight is read from memory, so many copies of it are gone through
 in turn), and 512 tokens (arithmetic is the limit). The machine's bandwidth and its peak for products of bytes are
-measured between them, in the same run, again and again; shares are medians of each repeat's own ratio. With --ggml, the
-folder of llama.cpp's libggml-base.so and libggml-cpu.so, each repeat also times its products in the type named beside the
-format, and ratios are to those.
+measured between them, in the same run, again and again; shares are medians of each repeat's own ratio. With --ggml,
+the folder of llama.cpp's libggml-base.so and libggml-cpu.so, each repeat also times its products in the type named
+beside the format, and ratios are to those.
 """
 
 from __future__ import annotations

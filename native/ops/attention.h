@@ -27,6 +27,14 @@ inline const float* widen(const void* from, Number type, int64_t first, int64_t 
   return scratch;
 }
 
+// One score. Never inlined: in a loop over rows the compiler fuses other products and sums than in a loop of its own, and
+// a row's score must not depend on how many rows there are.
+__attribute__((noinline)) float score_alone(const float* query, const float* keys, int size, int page) {
+  float total = 0;
+  for (int d = 0; d < size; ++d) total += query[d] * keys[d * page];
+  return total;
+}
+
 // scores[r][j] = Σ_d queries[r][d] · keys[d][j], for R rows that read the keys together
 template <int R>
 inline void score(const float* const* queries, const float* keys, int size, int page, float* scores, int64_t stride) {
@@ -48,11 +56,7 @@ inline void score(const float* const* queries, const float* keys, int size, int 
     }
   }
   for (; j < page; ++j)
-    for (int r = 0; r < R; ++r) {
-      float total = 0;
-      for (int d = 0; d < size; ++d) total += queries[r][d] * keys[d * page + j];
-      scores[r * stride + j] = total;
-    }
+    for (int r = 0; r < R; ++r) scores[r * stride + j] = score_alone(queries[r], keys + j, size, page);
 }
 
 // out = out · keep + Σ_j weights[j] · values[j], j from first to last-1

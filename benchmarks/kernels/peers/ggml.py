@@ -1,7 +1,7 @@
 """llama.cpp's products through its own ggml libraries: one weight in several copies, times one token or many.
 
-The weights lie where llama.cpp would put them: in the first extra buffer type of its CPU device that takes them, which
-repacks 4-bit blocks for this processor, else in its plain one. Only products are timed, no attention, no norms.
+The weights lie where llama.cpp puts them on an AVX2 processor: types of 4 bits in the extra buffer of its CPU device
+that repacks their blocks, the others in its plain one. Only products are timed, no attention, no norms.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ TYPES = {
     "Q4_K": (12, 256, 144),
     "TQ2_0": (35, 256, 66),
 }
+REPACKED = ("Q4_0", "Q4_K")
 FLOAT32 = 0
 
 
@@ -62,14 +63,14 @@ class Ggml:
             index += 1
         return [*extra, plain]
 
-    def graph(self, kind: str, rows: int, columns: int, copies: int, tokens: int, *, repack: bool = True) -> Any:
+    def graph(self, kind: str, rows: int, columns: int, copies: int, tokens: int) -> Any:
         """A graph of `copies` products of random weights with the same inputs, ready to `run`."""
         number, block, block_bytes = TYPES[kind]
         weights, work = self._context(), self._context()
         tensor = ("ggml_new_tensor_2d", ctypes.c_int(number), ctypes.c_int64(columns), ctypes.c_int64(rows))
         made = [self._call(self.base, tensor[0], weights, *tensor[1:]) for _ in range(copies)]
         kinds = self._weight_kinds()
-        self._allocate(weights, kinds[0] if repack else kinds[-1])
+        self._allocate(weights, kinds[0] if kind in REPACKED else kinds[-1])
         blocks = np.random.default_rng(0).integers(0, 256, (rows * columns // block, block_bytes), dtype=np.uint8)
         blocks[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)  # a scale that is a number
         blocks[:, -2:] = blocks[:, :2] if kind in ("Q2_K", "TQ2_0") else blocks[:, -2:]
