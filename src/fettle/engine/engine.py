@@ -107,7 +107,8 @@ class Engine:
     """A runner that serves many requests at once.
 
     Attributes:
-        runner: the model.
+        runner: the model. Its pages belong to this engine alone: another engine on the same runner may only follow it,
+            or take turns while nothing runs and `reuse_prefixes` is off.
         vocabulary: its tokenizer and ends; None: requests are made of ids and only their limits end them.
         scheduler: for its figures; its state is the engine's business.
         payoff: how guessing goes; None without a drafter.
