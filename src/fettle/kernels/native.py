@@ -45,17 +45,17 @@ def plane() -> ModuleType:
     try:
         from fettle import _native
     except ImportError as error:
-        raise UsageError(f"{missing(error)}; install fettle again where there is one, or use --engine torch") from error
+        raise UsageError(f"{missing()}. Install fettle again where there is one, or use --engine torch") from error
     return _native
 
 
-def missing(error: ImportError | None = None) -> str | None:
+def missing() -> str | None:
     """Why there is no native data plane, in words; None where there is one."""
     try:
         from fettle import _native  # noqa: F401
     except ImportError as found:
-        error = error or found
-        return f"the native data plane is not built (no C++ compiler when fettle was installed, or {error})"
+        told = "" if "cannot import name" in str(found) else f"; it is there, and does not load: {found}"
+        return f"the native data plane is not built (that takes a C++17 compiler when fettle is installed){told}"
     return None
 
 
