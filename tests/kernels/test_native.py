@@ -79,7 +79,7 @@ def integer_reference(weight: QuantizedTensor, inputs: Tensor, block: int) -> Te
             product = codes.double() @ centred.T
             scales = weight.scale[:, group].double() * size
             total += product * scales * (top / 127).double()
-    return total * (1.0 if weight.tensor_scale is None else float(weight.tensor_scale))
+    return total * (1.0 if weight.tensor_scale is None else 1 / float(weight.tensor_scale))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

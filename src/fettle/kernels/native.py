@@ -11,8 +11,8 @@ exact in 32-bit integers inside a block. Grids whose levels are not equally far 
 multiplied as units of 7 bits: a level is off by at most 1/254 of the span of all of them.
 
 What becomes codes: grids of equal steps of any width, and grids of at most 16 levels. What becomes values (in the type
-that the reference rounds them to): dense weights, learned tables, wider grids of unequal levels, scales under a
-tensor scale, and weights with a remainder, in float32.
+that the reference rounds them to): dense weights, learned tables, wider grids of unequal levels, 16-bit scales
+under a tensor scale, and weights with a remainder, in float32.
 
 The module is compiled when fettle is installed. Without a compiler it is missing, `missing()` says so, and everything
 runs through the torch reference.
@@ -83,11 +83,13 @@ def coded_matrix(weight: QuantizedTensor, pool: Pool) -> Matrix:
     """A compressed weight [out, in] as a matrix: of codes where the kernels have its grid, else of values."""
     grid, scheme = weight.scheme.grid, weight.scheme
     levels = [] if grid.is_learned else list(grid.levels)
-    two_scales = weight.tensor_scale is not None  # their product is rounded before it meets a code
+    # two scales in 16 bits: their product is rounded before it meets a code
+    two_scales = weight.tensor_scale is not None and scheme.value_dtype != torch.float32
     if two_scales or grid.is_learned or weight.remainder is not None or not plane().has_units(levels, grid.bits):
         exact = weight.remainder is None
         return dense_matrix(weight.dequantize(scheme.value_dtype if exact else torch.float32), pool)
     columns = weight.shape[1]
+    gain = 1.0 if weight.tensor_scale is None else 1 / float(weight.tensor_scale)
     matrix: Matrix = plane().coded(
         streams=weight.codes.contiguous().numpy(),
         columns=columns,
@@ -98,7 +100,7 @@ def coded_matrix(weight: QuantizedTensor, pool: Pool) -> Matrix:
         scale_type=NUMBERS[weight.scale.dtype],
         levels=levels,
         zero_codes=None if weight.zero_point is None else weight.zero_point.contiguous().numpy(),
-        gain=1.0,
+        gain=gain,
         pool=pool,
     )
     return matrix
