@@ -10,11 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import fettle
 from fettle.engine.native_runner import NativeRunner
 from fettle.engine.runner import Piece, pack
 from fettle.errors import UsageError
 from fettle.kernels import native
 from fettle.models.loading import load
+from fettle.pipeline.recipe import parse_recipe
 from tests.parity.compressed import make_scheme, write_compressed
 from tests.parity.tiny_models import TINY, random_ids, reference_output, write_model
 
@@ -163,3 +165,22 @@ def test_what_the_decoder_lacks_is_refused(tmp_path: Path) -> None:
         run_all(runner, [5], [24])
     with pytest.raises(ValueError, match="no column"):
         run_all(runner, [5], [0], start=4)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"method": "magnitude", "sparsity": 0.5},
+        {"method": "round_to_nearest", "grid": "float", "bits": 4, "group_size": 16, "scale_dtype": "float8_e4m3fn"},
+    ],
+    ids=["mask", "two scales"],
+)
+def test_what_has_no_kernel_runs_as_its_values(step: dict[str, Any], tmp_path: Path) -> None:
+    write_model("llama", tmp_path / "whole")
+    recipe = parse_recipe({"name": "small", "steps": [step]}, "test")
+    fettle.compress(tmp_path / "whole", tmp_path / "small", recipe, evaluate=False)
+    ids = random_ids(TOKENS)
+    with torch.no_grad():
+        expected = load(tmp_path / "small").model(ids[None]).logits[0]
+    found = torch.from_numpy(run_all(open_runner(tmp_path / "small"), ids.tolist(), pages_for(TOKENS, 4)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
