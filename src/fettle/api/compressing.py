@@ -209,7 +209,7 @@ def _length(run: Run) -> int:
 def _measure(run: Run, output: Path, progress: Progress) -> dict[str, Any]:
     measured = measure_folder(
         output, reference=run.checkpoint.folder, length=_length(run), max_tokens=EVALUATION_TOKENS, device=run.device,
-        threads=run.workers.threads, generic=run.identity["generic"], progress=progress,
+        threads=run.workers.threads, generic=run.identity["generic"], reshaped=bool(run.reshaped), progress=progress,
     )  # fmt: skip
     return measured.to_json()
 
@@ -229,7 +229,7 @@ def _write_card_and_marker(run: Run, output: Path, journal: Journal, evaluation:
         results = {k: v for k, v in evaluation.to_json().items() if k not in UNSTABLE_RESULTS}
     content = marker(run, output, journal, results)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
+    method = config.get("quantization_config", {}).get("quant_method", "")
     calibration = dataclasses.replace(run.recipe.calibration, text=None)  # its path is nobody else's; the hash stands
     recipe_yaml = dataclasses.replace(run.recipe, calibration=calibration).to_yaml()
     write_text(output / "README.md", model_card(content, recipe_yaml, output.name, method))

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from fettle.cli.flags import default_words, flag_name, metavar
 from fettle.methods.protocols import RescalingMethod
-from fettle.methods.registry import METHODS
+from fettle.methods.registry import EVERY_METHOD
 
 
 def describe_methods() -> list[dict[str, Any]]:
@@ -21,7 +21,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "statistics": list(dict.fromkeys((*cls.statistics, *_rescaling(cls)))),
             "fields": _fields(cls),
         }
-        for name, cls in METHODS.items()
+        for name, cls in EVERY_METHOD.items()
     ]
 
 

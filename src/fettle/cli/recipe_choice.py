@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 from fettle.cli.flags import dataclass_flags, flag_name, given, method_fields, method_flags
 from fettle.errors import UsageError, unknown_word
-from fettle.methods.registry import METHODS
+from fettle.methods.registry import EVERY_METHOD
 from fettle.pipeline.recipe import CalibrationOptions, Recipe, load_recipe, parse_recipe, recipe_from_method
 
 CALIBRATION_NAMES = {"text": "calibration"}  # `--calibration FILE` reads better than `--text FILE` beside evaluate's
@@ -29,7 +29,7 @@ def recipe_flags() -> list[python_inspect.Parameter]:
     """The flags of the calibration and of all methods."""
     return [
         *dataclass_flags(CalibrationOptions, rename=CALIBRATION_NAMES, panel="calibration"),
-        *method_flags(METHODS),
+        *method_flags(EVERY_METHOD),
     ]
 
 
@@ -45,14 +45,16 @@ def chosen_recipe(recipe: str | None, method: str | None, fields: Mapping[str, A
     if recipe is not None and method is not None:
         raise UsageError(f"--recipe {recipe} and --method {method} exclude each other; give one of them")
     if method is not None:
-        if method not in METHODS:
-            raise UsageError(unknown_word("method", method, METHODS))
+        if method not in EVERY_METHOD:
+            raise UsageError(unknown_word("method", method, EVERY_METHOD))
         options = dataclasses.replace(CalibrationOptions(), **calibration)
-        return recipe_from_method(method, method_fields(METHODS, method, fields), options)
+        return recipe_from_method(method, method_fields(EVERY_METHOD, method, fields), options)
     if flags:
         spelled = ", ".join(f"--{flag_name(name)}" for name in flags)
         where = f"the recipe {recipe} says that itself, for each step: edit a copy of it" if recipe else "say which"
-        raise UsageError(f"{spelled} belongs to a method; {where}, or use --method NAME (one of {', '.join(METHODS)})")
+        raise UsageError(
+            f"{spelled} belongs to a method; {where}, or use --method NAME (one of {', '.join(EVERY_METHOD)})"
+        )
     base = load_recipe(recipe or DEFAULT_RECIPE)
     if not calibration:
         return base

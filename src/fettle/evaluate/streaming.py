@@ -93,6 +93,7 @@ def evaluate(
     device: str = "cpu",
     threads: int | None = None,
     generic: bool = False,
+    reshaped: bool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measures the written files of `model`, against those of `reference` where one is given.
@@ -104,6 +105,7 @@ def evaluate(
         device: where the blocks run.
         threads: windows worked on side by side; the result is the same, bit for bit, with any number.
         generic: for a family without an anatomy table.
+        reshaped: whether the model may have other blocks and widths than the reference; None: as its fettle.json says.
         progress: told of every block.
 
     Raises:
@@ -118,7 +120,9 @@ def evaluate(
         side = _Side.open(model, device, generic)
         other = _Side.open(reference, device, generic) if reference is not None else None
         if other is not None:
-            _require_alike(side, other)
+            if reshaped is None:
+                reshaped = bool((side.checkpoint.record or {}).get("reshaped"))
+            _require_alike(side, other, reshaped)
             other.embed(windows)
         side.embed(windows)
         errors = _through_blocks(side, other, workers, progress or Silent())
@@ -128,7 +132,9 @@ def evaluate(
         hashes = side.checkpoint.file_hashes(), other.checkpoint.file_hashes() if other is not None else {}
     fields = _sizes(side, other) | (_language(measures, windows, side) if measures is not None else {})
     if other is not None:
-        fields |= {"error_by_block": errors, **_outputs(side, other)}
+        fields |= {"error_by_block": errors}
+        if _same_width(side, other):
+            fields |= _outputs(side, other)
     return Evaluation(
         **fields,
         tokens=len(measures.loss) if measures is not None else sum(len(ids) for ids in windows.ids),
@@ -144,16 +150,18 @@ def evaluate(
     )
 
 
-def _require_alike(side: _Side, other: _Side) -> None:
-    """Two models are compared only where each token and each block of one has its counterpart in the other."""
+def _require_alike(side: _Side, other: _Side, reshaped: bool) -> None:
+    """Two models are compared only where each token of one has its counterpart in the other, and, unless the model was
+    given another shape, each block and channel as well.
+    """
     advice = f"{other.folder} is not what {side.folder} was made from; give the model that it was made from"
     blocks, reference_blocks = len(side.anatomy.blocks), len(other.anatomy.blocks)
-    if blocks != reference_blocks:
+    if blocks != reference_blocks and not reshaped:
         raise UsageError(f"the model has {blocks} blocks and the reference {reference_blocks}: {advice}")
     embedding, reference = side.anatomy.embedding, other.anatomy.embedding
     if embedding is not None and reference is not None:
         for what, mine, theirs in zip(("vocabulary", "width"), embedding.shape, reference.shape, strict=True):
-            if mine != theirs:
+            if mine != theirs and not (reshaped and what == "width"):
                 raise UsageError(f"the model has a {what} of {mine} and the reference one of {theirs}: {advice}")
     words, reference_words = _vocabulary(side.folder), _vocabulary(other.folder)
     if words is not None and reference_words is not None and words != reference_words:
@@ -174,16 +182,26 @@ def _vocabulary(folder: Path) -> Any:
 
 
 def _through_blocks(side: _Side, other: _Side | None, workers: Workers, progress: Progress) -> list[float]:
-    """Runs both through all blocks; relative error of the hidden states after each."""
+    """Runs both through all blocks; relative error of the hidden states after each, where they pair."""
     errors = []
-    with progress.task("evaluating", len(side.anatomy.blocks)) as task:
-        for index in range(len(side.anatomy.blocks)):
-            side.run_block(index, workers)
-            if other is not None:
+    blocks = len(side.anatomy.blocks)
+    reference_blocks = 0 if other is None else len(other.anatomy.blocks)
+    paired = other is not None and blocks == reference_blocks and _same_width(side, other)
+    with progress.task("evaluating", max(blocks, reference_blocks)) as task:
+        for index in range(max(blocks, reference_blocks)):
+            if index < blocks:
+                side.run_block(index, workers)
+            if other is not None and index < reference_blocks:
                 other.run_block(index, workers)
+            if other is not None and paired:
                 errors.append(relative_error(side.hidden, other.hidden))
             task.advance()
     return errors
+
+
+def _same_width(side: _Side, other: _Side) -> bool:
+    """Whether hidden states of one can be subtracted from the other's."""
+    return side.hidden[0].shape == other.hidden[0].shape
 
 
 def relative_error(hidden: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

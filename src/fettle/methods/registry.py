@@ -1,6 +1,7 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py`.
+A method is registered by its import line in `methods/quantize/__init__.py`; one that gives the whole model another
+shape, in `methods/reshape/__init__.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import quantize
+from fettle.methods import quantize, reshape
 from fettle.methods.protocols import MatrixMethod
+from fettle.methods.reshape.subject import ModelMethod
+
+Method = MatrixMethod | ModelMethod
 
 
 def _as_method(value: Any) -> type[MatrixMethod] | None:
@@ -23,23 +27,52 @@ def _as_method(value: Any) -> type[MatrixMethod] | None:
     return typing.cast(type[MatrixMethod], value) if found else None
 
 
+def _as_reshaping(value: Any) -> type[ModelMethod] | None:
+    """`value` if it is the class of a method that reshapes a model."""
+    found = isinstance(value, type) and dataclasses.is_dataclass(value) and hasattr(value, "reshape")
+    return typing.cast(type[ModelMethod], value) if found else None
+
+
 METHODS: dict[str, type[MatrixMethod]] = {
     cls.name: cls for cls in map(_as_method, vars(quantize).values()) if cls is not None
 }
+MODEL_METHODS: dict[str, type[ModelMethod]] = {
+    cls.name: cls for cls in map(_as_reshaping, vars(reshape).values()) if cls is not None
+}
+EVERY_METHOD: dict[str, type[Method]] = {**METHODS, **MODEL_METHODS}
 
 
-def get(name: str) -> type[MatrixMethod]:
+def get(name: str) -> type[Method]:
     """The method of this name.
 
     Raises:
         RecipeError: there is none; offers the nearest spelling.
     """
-    if name not in METHODS:
-        raise RecipeError(unknown_word("method", name, METHODS))
-    return METHODS[name]
+    if name not in EVERY_METHOD:
+        raise RecipeError(unknown_word("method", name, EVERY_METHOD))
+    return EVERY_METHOD[name]
 
 
-def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
+def reshapes(method: Method) -> typing.TypeGuard[ModelMethod]:
+    """Whether it gives the model another shape; else it compresses one matrix at a time."""
+    return type(method).name in MODEL_METHODS
+
+
+def matrix_method(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
+    """`from_fields` where only methods for a matrix can be.
+
+    Raises:
+        RecipeError: the method reshapes models.
+    """
+    method = from_fields(name, mapping)
+    if reshapes(method):
+        raise RecipeError(
+            f"the method {name} gives the model another shape, and here a linear gets a method; one of {', '.join(METHODS)}"
+        )
+    return typing.cast(MatrixMethod, method)
+
+
+def from_fields(name: str, mapping: Mapping[str, Any]) -> Method:
     """A checked method from plain values; what is not given keeps its default.
 
     Raises:
@@ -61,12 +94,12 @@ def _plain(value: Any, hint: Any) -> Any:
     return None if value == "none" and _fits(None, hint) and not _fits(value, hint) else value
 
 
-def to_fields(method: MatrixMethod) -> dict[str, Any]:
+def to_fields(method: Method) -> dict[str, Any]:
     """Every field with its value: what `from_fields` reads back to an equal method."""
     return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
 
 
-def validate(method: MatrixMethod) -> None:
+def validate(method: Method) -> None:
     """Checks every field's type and bounds, then what the method itself asks.
 
     Raises:

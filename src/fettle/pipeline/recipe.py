@@ -8,6 +8,9 @@
         bits: 4
         where: {role: [gate, up, down], blocks: "0-3,-1", name: "*.mlp.*"}
 
+A step that gives the model another shape (`drop_layers`, `narrow`, …) is about the whole model: it has no `where`, and
+stands before the steps that compress linears, which then see the new shape.
+
 A step without `where` means every linear of the blocks except routers: a quantized router sends tokens to the wrong
 experts and saves nothing. Embeddings and the head are touched only by a step that names them. Where several steps match
 one linear, the last one wins.
@@ -21,13 +24,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
 from fettle.methods.protocols import MatrixMethod
+from fettle.methods.registry import Method
+from fettle.methods.reshape.subject import ModelMethod
 from fettle.models.anatomy import Anatomy, Linear
 
 Storage = Literal["pack-quantized", "int-quantized"]
@@ -73,9 +78,9 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One method and the linears that it is for."""
+    """One method and the linears that it is for; a method that reshapes the model is for all of it."""
 
-    method: MatrixMethod
+    method: Method
     where: Where = field(default_factory=Where)
 
 
@@ -87,6 +92,20 @@ class Recipe:
     steps: tuple[Step, ...]
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     storage: Storage = "pack-quantized"
+
+    @property
+    def reshaping(self) -> tuple[ModelMethod, ...]:
+        """The methods that give the model another shape, in order; they come first."""
+        return tuple(step.method for step in self.steps if registry.reshapes(step.method))
+
+    @property
+    def compressing(self) -> tuple[tuple[int, MatrixMethod, Where], ...]:
+        """The steps that compress linears: number in the recipe, from 1, method and where."""
+        return tuple(
+            (number, cast(MatrixMethod, step.method), step.where)
+            for number, step in enumerate(self.steps, start=1)
+            if not registry.reshapes(step.method)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse_recipe` reads back to an equal recipe."""
@@ -171,20 +190,39 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
         calibration=_parse_calibration(mapping.get("calibration") or {}, origin),
         storage=storage,
     )
+    _check_order(recipe, origin)
     if storage == "int-quantized":
-        for step in recipe.steps:
+        for _, method, _ in recipe.compressing:
             try:
-                step.method.scheme("float32").check_storage(storage)
+                method.scheme("float32").check_storage(storage)
             except RecipeError as error:
                 raise RecipeError(f"{origin}: {error}") from None
     return recipe
 
 
+def _check_order(recipe: Recipe, origin: str) -> None:
+    """Raises RecipeError for a reshaping step behind one that compresses, or with a `where`."""
+    for before, step in zip((None, *recipe.steps), recipe.steps, strict=False):
+        if not registry.reshapes(step.method):
+            continue
+        name = step.method.name
+        if step.where != Where():
+            raise RecipeError(f"{origin}: {name} gives the whole model another shape; leave 'where' out")
+        if before is not None and not registry.reshapes(before.method):
+            raise RecipeError(
+                f"{origin}: {name} gives the model another shape, so it comes before {before.method.name}, which "
+                "compresses linears as they then are; change the order of the steps"
+            )
+
+
 def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: CalibrationOptions | None = None) -> Recipe:
     """The one-line form: one method for every linear of the blocks."""
     method = registry.from_fields(name, fields)
-    title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
+    if registry.reshapes(method):
+        return Recipe(name=method.label(), steps=(Step(method=method),), calibration=checked)
+    method = cast(MatrixMethod, method)
+    title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
 
 
@@ -204,18 +242,18 @@ def assign(recipe: Recipe, anatomy: Anatomy) -> dict[str, MatrixMethod]:
     linears = [*anatomy.linears(), *(x for x in (anatomy.embedding, anatomy.head) if x is not None)]
     roles = {linear.role for linear in linears}
     assigned: dict[str, MatrixMethod] = {}
-    for number, step in enumerate(recipe.steps, start=1):
-        for role in step.where.role or ():
+    for number, method, where in recipe.compressing:
+        for role in where.role or ():
             if role not in roles:
                 raise RecipeError(f"recipe {recipe.name}, step {number}: {unknown_word('role', role, roles)}")
-        matched = [linear for linear in linears if step.where.matches(linear, len(anatomy.blocks))]
+        matched = [linear for linear in linears if where.matches(linear, len(anatomy.blocks))]
         if not matched:
             raise RecipeError(
-                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(step.where)} matches no linear of this "  # noqa: E501
+                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(where)} matches no linear of this "  # noqa: E501
                 f"model; it has {len(anatomy.blocks)} blocks and the roles {', '.join(sorted(roles))}"
             )
         for linear in matched:
-            assigned[linear.name] = step.method
+            assigned[linear.name] = method
     return assigned
 
 

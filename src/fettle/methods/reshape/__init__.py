@@ -1,0 +1,7 @@
+"""Methods that give a model another shape: fewer blocks, neurons, heads, channels, words, experts. One import line
+registers a method.
+"""
+
+from __future__ import annotations
+
+from fettle.methods.reshape.drop_layers import DropLayers as DropLayers

@@ -1,0 +1,103 @@
+"""The reshaping steps of a recipe, before the walk: base → view → view → …, each on text through the one before it.
+
+Nothing is written here. What a step decides is a function of the base, the recipe and the text, so a resumed run decides
+the same again (the price of being resumable without a file of its own: the passes through the model are made again),
+and everything behind it reads the last view as if it were a folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import Windows
+from fettle.errors import RecipeError
+from fettle.methods.reshape.subject import ModelMethod, Subject
+from fettle.models.anatomy import Anatomy, read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.view import View, parameter_count
+from fettle.models.writer import write_text
+from fettle.workers import Workers
+
+CutWindows = Callable[[Any], Windows]  # a tokenizer → the calibration windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshaping:
+    """What the reshaping steps made of the base.
+
+    Attributes:
+        checkpoint: the last view; the base itself where there is no step.
+        anatomy: of it.
+        decided: what each step removed, with its scores and the number of parameters: plain data.
+    """
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    decided: tuple[dict[str, Any], ...] = ()
+
+
+def reshape(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    methods: tuple[ModelMethod, ...],
+    cut: CutWindows,
+    *,
+    device: str,
+    workers: Workers,
+) -> Reshaping:
+    """Applies the steps in order.
+
+    Args:
+        cut: cuts the calibration text with the tokenizer of the model as it then is; called where a step looks at text.
+
+    Raises:
+        RecipeError: a shape that this model cannot have.
+    """
+    decided = []
+    for method in methods:
+        windows = cut(tokenizer_of(checkpoint)).ids if method.needs() else ()
+        subject = Subject(
+            checkpoint=checkpoint, anatomy=anatomy, windows=windows, workers=workers, device=device
+        )  # fmt: skip
+        with workers, torch.no_grad():
+            found = method.reshape(subject)
+        before, checkpoint = parameter_count(checkpoint), found.view
+        anatomy = read_anatomy(checkpoint)  # compares every shape with the new configuration
+        decided.append({**found.decided, "parameters_before": before, "parameters": parameter_count(checkpoint)})
+    return Reshaping(checkpoint=checkpoint, anatomy=anatomy, decided=tuple(decided))
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a folder or of a view of it.
+
+    Raises:
+        RecipeError: there is none, and text is to be looked at.
+    """
+    replaced = checkpoint.side_files if isinstance(checkpoint, View) else {}
+    if not replaced:
+        found = load_tokenizer(checkpoint.folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="fettle-tokenizer-") as temporary:
+            for path in checkpoint.folder.iterdir():
+                if path.suffix == ".json" and path.name not in replaced:
+                    write_text(Path(temporary) / path.name, path.read_text(encoding="utf-8"))
+            for name, text in replaced.items():
+                write_text(Path(temporary) / name, text)
+            found = load_tokenizer(temporary)
+    if found is None:
+        raise RecipeError(f"a step looks at text, but {checkpoint.folder.name} has no tokenizer files; add them to it")
+    return found
+
+
+def replace_side_files(checkpoint: Checkpoint, output: Path) -> None:
+    """Writes what a view says instead of the base's files beside the weights."""
+    if isinstance(checkpoint, View):
+        for name, text in checkpoint.side_files.items():
+            write_text(output / name, text)
