@@ -67,7 +67,8 @@ def matrix_method(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
     method = from_fields(name, mapping)
     if reshapes(method):
         raise RecipeError(
-            f"the method {name} gives the model another shape, and here a linear gets a method; one of {', '.join(METHODS)}"
+            f"the method {name} gives the model another shape, and here a linear gets a method; one of "
+            f"{', '.join(METHODS)}"
         )
     return typing.cast(MatrixMethod, method)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fettle.errors import ModelError
+from fettle.errors import ModelError, RecipeError
 from fettle.models.anatomy import dimensions
 from fettle.models.families import DIMENSIONS, find_family
 
@@ -64,6 +64,21 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
             continue
         found[_key(config, symbol)] = size
     return found
+
+
+def require_known(config: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a configuration that transformers refuses: factors of rotary positions may be as many as
+    half of hidden / heads, whatever the head size is said to be (Phi-3 with long context).
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        _as_transformers_reads(config)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise RecipeError(
+            f"transformers refuses a {config.get('model_type')} model of this shape ({' '.join(str(error).split())}); "
+            "change other widths, or drop layers"
+        ) from error
 
 
 def _present(config: Mapping[str, Any], symbol: str) -> bool:

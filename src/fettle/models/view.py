@@ -2,10 +2,11 @@
 
     view.read(name) = piece(base)          view.config, view.entries: what a folder written from it would say
 
-What: dropping blocks, narrowing widths, trimming a vocabulary, merging experts: each of them is a new configuration and,
-for every tensor of the new model, a `Piece`: which tensors of the base it is made of, and how. A `View` is a `Checkpoint`,
-so anatomy, layout, walk and skeleton read it as they read a folder, and whatever comes after it (quantization, another
-view) works on the new shapes without knowing. Nothing is written in between, and memory stays at the tensor at hand.
+What: dropping blocks, narrowing widths, trimming a vocabulary, merging experts: each of them is a new configuration
+and, for every tensor of the new model, a `Piece`: which tensors of the base it is made of, and how. A `View` is a
+`Checkpoint`, so anatomy, layout, walk and skeleton read it as they read a folder, and whatever comes after it
+(quantization, another view) works on the new shapes without knowing. Nothing is written in between, and memory stays at
+the tensor at hand.
 
 What a view keeps of the folder: `folder`, `shards` and the hashes are the base's. They say what a run was started from,
 and what the result is measured against.

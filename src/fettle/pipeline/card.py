@@ -31,7 +31,7 @@ ROWS = (
 
 
 def model_card(marker: dict[str, Any], recipe_yaml: str, folder_name: str, quant_method: str) -> str:
-    """Renders the card from `fettle.json`'s content; deterministic. `quant_method` is empty where nothing is in codes."""
+    """Renders the card from `fettle.json`'s content; deterministic. `quant_method`: empty where nothing is in codes."""
     base, calibration, results = marker["base"], marker["calibration"], marker["results"]
     lines = [
         "---",

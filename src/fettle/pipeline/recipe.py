@@ -249,8 +249,8 @@ def assign(recipe: Recipe, anatomy: Anatomy) -> dict[str, MatrixMethod]:
         matched = [linear for linear in linears if where.matches(linear, len(anatomy.blocks))]
         if not matched:
             raise RecipeError(
-                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(where)} matches no linear of this "  # noqa: E501
-                f"model; it has {len(anatomy.blocks)} blocks and the roles {', '.join(sorted(roles))}"
+                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(where)} matches no linear of "
+                f"this model; it has {len(anatomy.blocks)} blocks and the roles {', '.join(sorted(roles))}"
             )
         for linear in matched:
             assigned[linear.name] = method

@@ -1,8 +1,7 @@
 """The reshaping steps of a recipe, before the walk: base → view → view → …, each on text through the one before it.
 
-Nothing is written here. What a step decides is a function of the base, the recipe and the text, so a resumed run decides
-the same again (the price of being resumable without a file of its own: the passes through the model are made again),
-and everything behind it reads the last view as if it were a folder.
+Nothing is written here. What a step decides is a function of the base, the recipe and the text, so a resumed run
+decides the same again, by making the same passes again; what comes behind reads the last view as if it were a folder.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from fettle.errors import RecipeError
 from fettle.methods.reshape.subject import ModelMethod, Subject
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.reshaped_config import require_known
 from fettle.models.view import View, parameter_count
 from fettle.models.writer import write_text
 from fettle.workers import Workers
@@ -69,6 +69,7 @@ def reshape(
         with workers, torch.no_grad():
             found = method.reshape(subject)
         before, checkpoint = parameter_count(checkpoint), found.view
+        require_known(checkpoint.config)
         anatomy = read_anatomy(checkpoint)  # compares every shape with the new configuration
         decided.append({**found.decided, "parameters_before": before, "parameters": parameter_count(checkpoint)})
     return Reshaping(checkpoint=checkpoint, anatomy=anatomy, decided=tuple(decided))

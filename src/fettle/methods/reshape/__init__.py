@@ -5,3 +5,4 @@ registers a method.
 from __future__ import annotations
 
 from fettle.methods.reshape.drop_layers import DropLayers as DropLayers
+from fettle.methods.reshape.narrow import Narrow as Narrow

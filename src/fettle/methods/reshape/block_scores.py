@@ -6,8 +6,8 @@
         Gromov et al.: The Unreasonable Ineffectiveness of the Deeper Layers, 2024, https://arxiv.org/abs/2403.17887,
         eq. 7. n neighbouring blocks go, those whose input and output are nearest. The paper looks at the last token of
         a window; here all count, which needs fewer windows.
-    perplexity           the mean loss of the model without block l; the block with the least goes, then all are measured
-        again without it (greedy; "Shortened LLaMA", Kim et al. 2024, https://arxiv.org/abs/2402.02834, removes at once).
+    perplexity           the mean loss of the model without block l; the block with the least goes, then the others are
+        measured again without it (Kim et al.: Shortened LLaMA, 2024, https://arxiv.org/abs/2402.02834, at once).
 
 Cost: one pass for the first two. The third runs every candidate from its block to the end, half of blocks² block runs
 for each block that goes; a block is read once a round, and the states of all candidates are held.
@@ -60,8 +60,7 @@ def losses_without(subject: Subject, gone: Sequence[int]) -> dict[int, float]:
         if index in gone:
             continue
         skeleton.load_block(index)
-        for removed in variants:
-            variants[removed] = subject.run_block(skeleton, index, variants[removed])
+        variants = {removed: subject.run_block(skeleton, index, states) for removed, states in variants.items()}
         variants[index] = hidden
         hidden = subject.run_block(skeleton, index, hidden)
         skeleton.free_block(index)

@@ -6,10 +6,11 @@ blocks are judged: `block_scores.py`.
 A residual block adds to its input, so a model without it is still a model; its loss is what the block added. Nothing is
 made up for here: healing is training's business. The result is the same architecture with fewer blocks, which every
 loader knows; whatever the configuration says block by block (attention types, dense blocks between experts) is
-rewritten for those that stay. GPT-2 may divide attention scores by the block's number (scale_attn_by_inverse_layer_idx):
-there the new number over the old one goes into the queries.
+rewritten for those that stay. GPT-2 may divide attention scores by the block's number
+(scale_attn_by_inverse_layer_idx): there the new number over the old one goes into the queries.
 
-Differs from the papers: the first block and the last can go like any other if the score says so; `keep_ends` holds them.
+Differs from the papers: the first block and the last can go like any other if the score says
+so; `keep_ends` holds them.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class DropLayers:
         return count
 
     def _chosen(self, subject: Subject, count: int) -> tuple[set[int], list[float]]:
-        """The blocks that go, and the score of each block (angular: of each first block; perplexity: the last round)."""
+        """The blocks that go; the score of each block (angular: of each first block; perplexity: the loss by round)."""
         blocks = len(subject.anatomy.blocks)
         held = {0, blocks - 1} if self.keep_ends else set()
         if self.by == "block_influence":
