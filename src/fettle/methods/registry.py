@@ -1,7 +1,7 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py`; one that gives the whole model another
-shape, in `methods/reshape/__init__.py`.
+A method is registered by its import line in `methods/quantize/__init__.py` or `methods/factor/__init__.py`; one that
+gives the whole model another shape, in `methods/reshape/__init__.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import quantize, reshape
-from fettle.methods.protocols import MatrixMethod
+from fettle.methods import factor, quantize, reshape
+from fettle.methods.protocols import MatrixMethod, SettledMethod
 from fettle.methods.reshape.subject import ModelMethod
 
 Method = MatrixMethod | ModelMethod
@@ -34,7 +34,7 @@ def _as_reshaping(value: Any) -> type[ModelMethod] | None:
 
 
 METHODS: dict[str, type[MatrixMethod]] = {
-    cls.name: cls for cls in map(_as_method, vars(quantize).values()) if cls is not None
+    cls.name: cls for room in (quantize, factor) for cls in map(_as_method, vars(room).values()) if cls is not None
 }
 MODEL_METHODS: dict[str, type[ModelMethod]] = {
     cls.name: cls for cls in map(_as_reshaping, vars(reshape).values()) if cls is not None
@@ -70,7 +70,13 @@ def matrix_method(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
             f"the method {name} gives the model another shape, and here a linear gets a method; one of "
             f"{', '.join(METHODS)}"
         )
-    return typing.cast(MatrixMethod, method)
+    found = typing.cast(MatrixMethod, method)
+    if isinstance(found, SettledMethod) and not found.is_settled:
+        raise RecipeError(
+            f"{name} is compared with other methods by the bytes that it leaves, so its rank has to be a number here; "
+            "give rank, such as rank=32"
+        )
+    return found
 
 
 def from_fields(name: str, mapping: Mapping[str, Any]) -> Method:

@@ -30,7 +30,7 @@ import yaml
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
-from fettle.methods.protocols import MatrixMethod
+from fettle.methods.protocols import LabelledMethod, MatrixMethod
 from fettle.methods.registry import Method
 from fettle.methods.reshape.subject import ModelMethod
 from fettle.models.anatomy import Anatomy, Linear
@@ -222,7 +222,8 @@ def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: Calibr
     if registry.reshapes(method):
         return Recipe(name=method.label(), steps=(Step(method=method),), calibration=checked)
     method = cast(MatrixMethod, method)
-    title = f"{method.name}-{method.scheme('float32').grid.bits}bit"
+    bits = method.scheme("float32").grid.bits
+    title = method.label() if isinstance(method, LabelledMethod) else f"{method.name}-{bits}bit"
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
 
 

@@ -39,6 +39,7 @@ from fettle.pipeline.journal import Journal, run_folder
 from fettle.pipeline.layout import Layout, build_layout
 from fettle.pipeline.recipe import CalibrationOptions, Recipe, assign
 from fettle.pipeline.reshaping import replace_side_files, reshape, tokenizer_of
+from fettle.pipeline.settling import settle
 from fettle.pipeline.stream import Job
 from fettle.pipeline.walk import walk
 from fettle.progress import Progress
@@ -99,7 +100,9 @@ def prepare(
     calibration = _Calibration(recipe.calibration, checkpoint.config)
     shaped = reshape(checkpoint, anatomy, recipe.reshaping, calibration.cut, device=device, workers=workers)
     checkpoint, anatomy = shaped.checkpoint, shaped.anatomy
-    layout = build_layout(checkpoint, anatomy, assign(recipe, anatomy), recipe.storage)
+    layout = build_layout(
+        checkpoint, anatomy, settle(checkpoint, anatomy, assign(recipe, anatomy), workers), recipe.storage
+    )
     if any(item.looks_at_data for item in layout.compressions):
         if not has_tokenizer(folder):
             raise UsageError(
