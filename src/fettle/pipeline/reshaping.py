@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def reshape(
     anatomy: Anatomy,
     methods: tuple[ModelMethod, ...],
     cut: CutWindows,
+    text: Callable[[], str],
     *,
     device: str,
     workers: Workers,
@@ -56,15 +58,17 @@ def reshape(
 
     Args:
         cut: cuts the calibration text with the tokenizer of the model as it then is; called where a step looks at text.
+        text: the whole calibration text.
 
     Raises:
         RecipeError: a shape that this model cannot have.
     """
     decided = []
     for method in methods:
-        windows = cut(tokenizer_of(checkpoint)).ids if method.needs() else ()
+        windows = cut(_require_tokenizer(checkpoint)).ids if method.needs() else ()
         subject = Subject(
-            checkpoint=checkpoint, anatomy=anatomy, windows=windows, workers=workers, device=device
+            checkpoint=checkpoint, anatomy=anatomy, windows=windows, workers=workers, device=device,
+            used_tokens=partial(_used_tokens, checkpoint, text),
         )  # fmt: skip
         with workers, torch.no_grad():
             found = method.reshape(subject)
@@ -75,23 +79,27 @@ def reshape(
     return Reshaping(checkpoint=checkpoint, anatomy=anatomy, decided=tuple(decided))
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a folder or of a view of it.
+def _used_tokens(checkpoint: Checkpoint, text: Callable[[], str]) -> list[int]:
+    ids = _require_tokenizer(checkpoint)(text(), add_special_tokens=False, verbose=False)["input_ids"]
+    return sorted(set(ids))
 
-    Raises:
-        RecipeError: there is none, and text is to be looked at.
-    """
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a folder or of a view of it; None where there is none."""
     replaced = checkpoint.side_files if isinstance(checkpoint, View) else {}
     if not replaced:
-        found = load_tokenizer(checkpoint.folder)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fettle-tokenizer-") as temporary:
-            for path in checkpoint.folder.iterdir():
-                if path.suffix == ".json" and path.name not in replaced:
-                    write_text(Path(temporary) / path.name, path.read_text(encoding="utf-8"))
-            for name, text in replaced.items():
-                write_text(Path(temporary) / name, text)
-            found = load_tokenizer(temporary)
+        return load_tokenizer(checkpoint.folder)
+    with tempfile.TemporaryDirectory(prefix="fettle-tokenizer-") as temporary:
+        for path in checkpoint.folder.iterdir():
+            if path.suffix == ".json" and path.name not in replaced:
+                write_text(Path(temporary) / path.name, path.read_text(encoding="utf-8"))
+        for name, text in replaced.items():
+            write_text(Path(temporary) / name, text)
+        return load_tokenizer(temporary)
+
+
+def _require_tokenizer(checkpoint: Checkpoint) -> Any:
+    found = tokenizer_of(checkpoint)
     if found is None:
         raise RecipeError(f"a step looks at text, but {checkpoint.folder.name} has no tokenizer files; add them to it")
     return found

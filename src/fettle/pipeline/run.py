@@ -98,7 +98,9 @@ def prepare(
         raise UsageError(f"{model} is compressed already; compress the model that it was made from")
     workers = Workers(threads)
     calibration = _Calibration(recipe.calibration, checkpoint.config)
-    shaped = reshape(checkpoint, anatomy, recipe.reshaping, calibration.cut, device=device, workers=workers)
+    shaped = reshape(
+        checkpoint, anatomy, recipe.reshaping, calibration.cut, calibration.whole, device=device, workers=workers
+    )
     checkpoint, anatomy = shaped.checkpoint, shaped.anatomy
     layout = build_layout(
         checkpoint, anatomy, settle(checkpoint, anatomy, assign(recipe, anatomy), workers), recipe.storage
@@ -147,6 +149,10 @@ class _Calibration:
             tokenizer, self.text, windows=options.windows, length=options.length, seed=options.seed
         )
         return self.windows
+
+    def whole(self) -> str:
+        self.text = self.text or read_text(self._options.text)
+        return self.text.content
 
 
 def _tokenizer_hashes(folder: Path) -> dict[str, str]:

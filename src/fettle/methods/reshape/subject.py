@@ -8,7 +8,7 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -36,6 +36,7 @@ class Subject:
         windows: int64 [tokens] each; empty for a method that looks at no text.
         workers: entered by the caller.
         device: where blocks run.
+        used_tokens: the ids that the whole text is cut into, ascending.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +44,7 @@ class Subject:
     windows: tuple[Tensor, ...]
     workers: Workers
     device: str = "cpu"
+    used_tokens: Callable[[], list[int]] = list
 
     @property
     def family(self) -> Family:
