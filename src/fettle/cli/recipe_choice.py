@@ -2,6 +2,7 @@
 
     --recipe gptq-4bit                              a shipped recipe; --recipe my.yaml a file
     --method gptq --bits 4 --group-size 32          one method for every linear of the blocks
+    --parameters 0.6x                               the method resize: depth and widths are chosen together
     (neither)                                       the recipe "default"
 
 The calibration's flags go with all three. A method's flags go with --method only: a recipe says them itself, for each
@@ -49,6 +50,8 @@ def chosen_recipe(recipe: str | None, method: str | None, fields: Mapping[str, A
             raise UsageError(unknown_word("method", method, EVERY_METHOD))
         options = dataclasses.replace(CalibrationOptions(), **calibration)
         return recipe_from_method(method, method_fields(EVERY_METHOD, method, fields), options)
+    if recipe is None and "parameters" in flags:  # a shape alone: depth and widths are chosen together
+        return chosen_recipe(None, "resize", fields)
     if flags:
         spelled = ", ".join(f"--{flag_name(name)}" for name in flags)
         where = f"the recipe {recipe} says that itself, for each step: edit a copy of it" if recipe else "say which"

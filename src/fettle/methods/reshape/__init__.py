@@ -7,4 +7,5 @@ from __future__ import annotations
 from fettle.methods.reshape.drop_layers import DropLayers as DropLayers
 from fettle.methods.reshape.experts import FewerExperts as FewerExperts
 from fettle.methods.reshape.narrow import Narrow as Narrow
+from fettle.methods.reshape.resize import Resize as Resize
 from fettle.methods.reshape.vocabulary import TrimVocabulary as TrimVocabulary

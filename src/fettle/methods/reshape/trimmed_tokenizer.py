@@ -13,6 +13,7 @@ post-processor), tokenizer_config.json, generation_config.json, special_tokens_m
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -119,9 +120,7 @@ def _passed_through(token: str, ranks: Mapping[tuple[str, str], int]) -> set[str
     """Everything that the merges of a token make on the way to it."""
     parts, found = list(token), set(token)
     while len(parts) > 1:
-        places = [
-            (ranks[pair], place) for place, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks
-        ]
+        places = [(ranks[pair], place) for place, pair in enumerate(itertools.pairwise(parts)) if pair in ranks]
         if not places:
             break
         _, place = min(places)
