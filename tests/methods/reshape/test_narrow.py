@@ -205,16 +205,17 @@ def test_a_share_of_the_parameters_is_kept_to(name, share, tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kv=st.integers(1, 8), group=st.integers(1, 6), share=st.floats(0.01, 1.0), seed=st.integers(0, 100)
+    kv=st.integers(1, 8), group=st.integers(1, 6), share=st.floats(0.01, 1.0), seed=st.integers(0, 100),
+    size=st.integers(1, 4),
 )  # fmt: skip
-def test_heads_stay_legal(kv, group, share, seed):
-    before = HeadShape(heads=kv * group, kv_heads=kv, size=4)
+def test_heads_stay_legal(kv, group, share, seed, size):
+    before, hidden = HeadShape(heads=kv * group, kv_heads=kv, size=4), kv * group * size
     try:
-        after = legal_heads(before, share)
+        after = legal_heads(before, share, hidden)
     except RecipeError:
         assert share * before.heads < 1
         return
-    assert after.heads % after.kv_heads == 0
+    assert after.heads % after.kv_heads == 0 and hidden % after.heads == 0
     assert 1 <= after.heads <= max(1, share * before.heads + 1e-6)
     kept = best_heads(torch.rand(before.heads, generator=torch.Generator().manual_seed(seed)), before, after)
     assert len(set(kept.tolist())) == after.heads and kept.tolist() == sorted(kept.tolist())

@@ -3,9 +3,10 @@
 Muralidharan et al.: Minitron, 2024, https://arxiv.org/abs/2407.14679. Which units go: `unit_scores.py`; what is
 cut with them: `widths.py`.
 
-Widths are uniform and legal: neurons and channels in multiples, heads by whole key-value groups, so the result is the
-same architecture with smaller numbers in its configuration, and every loader reads it. `parameters: 0.6x` gives every
-legal number of heads as many neurons as the target leaves, and takes the pair whose shares are nearest.
+Widths are uniform and legal: neurons and channels in multiples, heads by whole key-value groups that divide the width.
+So the result is the same architecture with smaller numbers in its configuration, and every loader reads it.
+`parameters: 0.6x` gives every legal number of heads as many neurons as the target leaves, and takes the pair whose
+shares are nearest.
 
 Differs from the paper: nothing is retrained; norms over fewer channels are corrected so that what was removed counts as
 zero; units keep their order.
@@ -96,7 +97,8 @@ class Narrow:
         hidden = Widths.of(subject).hidden
         if self.hidden is not None and self.hidden < 1:
             require_free_width(subject)
-            hidden = legal(hidden, self.hidden, self.multiple, "the hidden width", "hidden")
+            multiple = math.lcm(self.multiple, head_shape(subject).heads)  # heads go on dividing the width
+            hidden = legal(hidden, self.hidden, multiple, "the hidden width", "hidden")
         if self.parameters is not None:
             return self._to_target(subject, hidden)
         if self.heads is not None and self.heads < 1:
@@ -114,7 +116,8 @@ class Narrow:
             share = kept / full.heads.kv_heads
             widths = self._most_neurons(subject, full, share, hidden, limit)
             if widths is not None:
-                found.append((abs(min(widths.neurons.values()) / min(widths.neurons) - share), widths))
+                kept_heads = widths.heads.heads / full.heads.heads
+                found.append((abs(min(widths.neurons.values()) / min(widths.neurons) - kept_heads), widths))
         if found:
             return min(found, key=lambda pair: pair[0])[1]
         least = full.shared(self.multiple / min(full.neurons), groups[0] / full.heads.kv_heads, hidden, self.multiple)
@@ -168,7 +171,7 @@ class Widths:
     def shared(self, neurons: float, heads: float, hidden: int, multiple: int) -> Widths:
         """The legal widths for these shares; RecipeError where nothing would be left."""
         kept = {n: legal(n, neurons, multiple, "a feed-forward part", "neurons") for n in self.neurons}
-        return Widths(neurons=kept, heads=legal_heads(self.heads, heads), hidden=hidden)
+        return Widths(neurons=kept, heads=legal_heads(self.heads, heads, hidden), hidden=hidden)
 
     def parameters(self, subject: Subject) -> int:
         """How many parameters a model of these widths has; from headers."""
@@ -212,18 +215,20 @@ def legal(size: int, share: float, multiple: int, what: str, name: str) -> int:
     return found
 
 
-def legal_heads(shape: HeadShape, share: float) -> HeadShape:
-    """Whole key-value groups within the share; where that is none, heads of one group.
+def legal_heads(shape: HeadShape, share: float, hidden: int) -> HeadShape:
+    """Whole key-value groups within the share; where that is none, heads of one group. Their number divides the width,
+    as Llama's configuration asks even where the head size is said.
 
     Raises:
         RecipeError: no head would be left.
     """
     if share >= 1:
         return shape
-    groups = math.floor(shape.kv_heads * share + 1e-9)
-    if groups:
-        return HeadShape(heads=groups * shape.group, kv_heads=groups, size=shape.size)
-    heads = math.floor(shape.heads * share + 1e-9)
+    for groups in range(math.floor(shape.kv_heads * share + 1e-9), 0, -1):
+        if hidden % (groups * shape.group) == 0:
+            return HeadShape(heads=groups * shape.group, kv_heads=groups, size=shape.size)
+    most = math.floor(shape.heads * share + 1e-9)
+    heads = next((n for n in range(min(most, shape.group), 0, -1) if hidden % n == 0), 0)
     if heads < 1:
         raise RecipeError(
             f"narrow: heads={share:g} of {shape.heads} heads leaves no head; keep at least {1 / shape.heads:g}"
