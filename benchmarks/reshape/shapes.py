@@ -102,7 +102,8 @@ def main() -> int:
                 "bits_per_byte": found.bits_per_byte, "kl_mean": found.kl_mean, "bytes": found.bytes,
                 "predicted": {key: planned[key] / before[key] for key in before},
             }  # fmt: skip
-            if not asked.no_speed:
+            config = Checkpoint.open(made.folder).config
+            if not asked.no_speed and "quantization_config" not in config:  # plain folders alone are compared
                 after = shape_figures(Checkpoint.open(made.folder))
                 line["measured"] = {key: after[key] / before[key] for key in before}
                 rows = read_anatomy(Checkpoint.open(made.folder)).embedding
