@@ -10,7 +10,9 @@ import pytest
 import fettle
 
 
-@pytest.mark.parametrize("name", ["compress", "diagnose", "evaluate", "generate", "inspect", "load", "plan"])
+@pytest.mark.parametrize(
+    "name", ["compress", "diagnose", "evaluate", "generate", "inspect", "load", "open_engine", "plan"]
+)
 def test_every_call_is_a_documented_function(name: str) -> None:
     call = getattr(fettle, name)
     assert callable(call)

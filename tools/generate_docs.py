@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fettle.cli.method_pages import describe_methods
+from fettle.methods.registry import BASES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """# Methods
@@ -20,14 +21,25 @@ Each field is a key of a recipe's step (`docs/adding_a_method.md` says how a met
 `fettle compress --method NAME` and `fettle plan --method NAME`. `fettle methods` prints the same.
 """
 
+WHOLE_MODEL = """For the whole model: it compresses nothing and leaves the model's function as it is, and all other
+methods then work on the model as it leaves it. It is the first step of a recipe (`- method: {name}`, once, without
+`where`), or `--{switch}` beside `--recipe`, `--method` or a budget. Tied embeddings are untied: the written model has
+a head of its own, which `fettle plan` counts. BERT and Gemma 2 are refused but for `residual: false`, since norms
+weigh their residual stream or what is added to it; so are models without a head, and `--generic`. Rotations that
+would need code at run time (of the down projection's inputs, of cached keys) are not there. `fettle diagnose` looks
+at the model as it is. Adapters and draft heads made for the original do not fit the rotated model."""
+
 
 def section(method: dict[str, Any]) -> str:
     """One method's part of the page."""
     needs = ", ".join(f"`{name}`" for name in method["statistics"]) or "nothing but weights"
+    about = f"Minimizes: `{method['objective']}`. Needs: {needs}."
+    if method["name"] in BASES:
+        about = WHOLE_MODEL.format(**method, switch=BASES[method["name"]].switch)
     lines = [
         f"## `{method['name']}`",
         "",
-        f"{method['title']}. Source: {method['source']}. Minimizes: `{method['objective']}`. Needs: {needs}.",
+        f"{method['title']}. Source: {method['source']}. {about}",
         "",
         "| field | flag | type | default | what |",
         "| --- | --- | --- | --- | --- |",

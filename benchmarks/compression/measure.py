@@ -88,7 +88,9 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, command in contenders(args, Path(temporary) / "out").items():
                 runs.setdefault(name, []).append(measure(command))
-                print(name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)  # a run of hours should not be mute
+                print(
+                    name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True
+                )  # a run of hours should not be mute
                 for path in Path(temporary).iterdir():
                     shutil.rmtree(path)
     base = runs.get("fettle gptq")

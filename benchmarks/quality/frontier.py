@@ -58,6 +58,12 @@ OURS: dict[str, dict[str, Any]] = {
     "learned_rounding g32": {"method": "learned_rounding", "group_size": 32, "asymmetric": True},
     "gptq normal_float g32": {"method": "gptq", "grid": "normal_float", "group_size": 32},
 }
+# codes of eight weights, at the widths that they come in
+VECTORS: dict[str, dict[str, Any]] = {
+    "residual_codebooks": {"method": "residual_codebooks"},
+    "residual_codebooks float8": {"method": "residual_codebooks", "scale_dtype": "float8_e4m3fn"},
+}
+VECTOR_WIDTHS = (2, 3, 4)
 # the mix that a budget chooses may take as many bits as peers' groups of 32 with half a scale's bits of zero points
 BUDGET_OVER_WIDTH = 0.56
 MIXED_BITS = {2: (2, 3, 4), 3: (2, 3, 4, 5), 4: (3, 4, 5, 6)}
@@ -131,8 +137,8 @@ class Bench:
     def contenders(self) -> Iterator[Contender]:
         """Everything that takes part, fettle first."""
         for width in self.args.bits:
-            for label, fields in OURS.items():
-                step = {**fields, "bits": width, "scale_dtype": "float16"}
+            for label, fields in (OURS | VECTORS if width in VECTOR_WIDTHS else OURS).items():
+                step = {"scale_dtype": "float16", **fields, "bits": width}
                 yield self._of_recipe(parse_recipe({"name": label, "steps": [step]}, "frontier"), width)
             if width in MIXED_BITS:
                 yield self._of_budget(width)

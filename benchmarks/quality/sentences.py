@@ -26,6 +26,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W8A8 dynamic": {"method": "round_to_nearest", **CHANNEL, "activations": "dynamic", "activation_asymmetric": True},
     "W8A8 dynamic, symmetric": {"method": "round_to_nearest", **CHANNEL, "activations": "dynamic"},
     "W8A8 static": {"method": "round_to_nearest", **CHANNEL, "activations": "static", "activation_asymmetric": True},
+    "W8A8 static, minmax": {
+        "method": "round_to_nearest", **CHANNEL, "activations": "static", "activation_asymmetric": True,
+        "observer": "minmax",
+    },
     "W8A8 smoothquant, static": {
         "method": "smoothquant", **CHANNEL, "activations": "static", "activation_asymmetric": True,
     },

@@ -1,7 +1,8 @@
 """fettle: makes a pretrained language model small, fast and cheap to run, and proves what that cost.
 
 Four calls: `load`, `compress`, `evaluate`, `generate`; and those that look and write nothing: `plan`, `inspect`,
-`diagnose`, `evaluate_cache`. They are imported when they are first used, so that `import fettle` costs nothing.
+`diagnose`, `evaluate_cache`; `open_engine` serves many requests at once. They are imported when they are first used, so
+that `import fettle` costs nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEngine",
     "Budget",
     "CacheScheme",
+    "Completion",
+    "Engine",
+    "Request",
+    "RunnerOptions",
+    "Sampling",
+    "SchedulerOptions",
+    "Update",
     "__version__",
     "compress",
     "diagnose",
@@ -24,13 +33,22 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "open_engine",
     "plan",
 ]
 
 if TYPE_CHECKING:
     from fettle.api import (
+        AsyncEngine,
         Budget,
         CacheScheme,
+        Completion,
+        Engine,
+        Request,
+        RunnerOptions,
+        Sampling,
+        SchedulerOptions,
+        Update,
         compress,
         diagnose,
         evaluate,
@@ -38,6 +56,7 @@ if TYPE_CHECKING:
         generate,
         inspect,
         load,
+        open_engine,
         plan,
     )
 

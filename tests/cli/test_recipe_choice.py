@@ -73,3 +73,28 @@ def test_the_embedded_text_is_said_only_where_text_is_read() -> None:
     assert "embedded text" in calibration_note(load_recipe("gptq-4bit"))
     assert calibration_note(load_recipe("round-to-nearest-4bit")) == ""
     assert calibration_note(chosen_recipe("gptq-4bit", None, {**NOTHING, "text": "mine.txt"})) == ""
+
+
+def test_rotate_goes_with_a_method_a_recipe_and_neither() -> None:
+    from fettle.methods.quantize.rotation import Rotation
+
+    turned = {**NOTHING, "rotate": True}
+    line = chosen_recipe(None, "gptq", {**turned, "bits": "3", "rotate_seed": "5", "rotate_heads": False})
+    assert line.basis == Rotation(seed=5, heads=False)
+    assert line.name == "rotation-gptq-3bit"
+    for recipe in ("gptq-3bit", None):
+        chosen = chosen_recipe(recipe, None, turned)
+        assert chosen.basis == Rotation()
+        assert chosen.steps == load_recipe(recipe or "default").steps
+    assert chosen_recipe("rotated-w4a8-dynamic", None, NOTHING).basis == Rotation()
+
+
+def test_rotation_flags_that_cannot_be() -> None:
+    with pytest.raises(UsageError, match="--rotate-seed belongs to --rotate"):
+        chosen_recipe(None, None, {**NOTHING, "rotate_seed": "5"})
+    with pytest.raises(UsageError, match="has a step rotation already; leave out --rotate"):
+        chosen_recipe("rotated-w4a8-dynamic", None, {**NOTHING, "rotate": True})
+    with pytest.raises(UsageError, match=r"rotation is for the whole model.*give --rotate"):
+        chosen_recipe(None, "rotation", NOTHING)
+    with pytest.raises(UsageError, match="rotate-seed 'x' is no integer"):
+        chosen_recipe(None, None, {**NOTHING, "rotate": True, "rotate_seed": "x"})

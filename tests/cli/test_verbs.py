@@ -357,3 +357,69 @@ def test_generate_with_a_coded_cache(tiny_llama: Path, capsys: pytest.CaptureFix
     coded = run_json(capsys, "generate", tiny_llama, "def f", "--max-new-tokens", "12", "--cache-bits", "8")
     assert coded["tokens"] == plain["tokens"]  # twelve tokens are all recent
     assert main(["generate", str(tiny_llama), "def f", "--cache-bits", "1"]) == 2
+
+
+def test_generate_takes_its_prompt_in_one_place_and_stops_at_a_text(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = ["--temperature", "1", "--seed", "4", "--max-tokens", "20"]
+    free = run_json(capsys, "generate", tiny_llama, "--prompt", "def f", *sampled)
+    assert free["token_ids"] == free["tokens"] and free["prefill_tokens_per_second"] > 0
+    stop = free["text"][4:6]
+    ended = run_json(capsys, "generate", tiny_llama, "def f", *sampled, "--stop", stop)
+    assert ended["stopped"] == "stop" and ended["text"] == free["text"][: free["text"].index(stop)]
+    guessed = run_json(capsys, "generate", tiny_llama, "def f", *sampled, "--draft", "lookup", "--engine", "torch")
+    assert guessed["tokens"] == free["tokens"]
+    for wrong, words in (
+        (["def f", "--prompt", "x"], "given twice"),
+        ([], "there is no prompt"),
+        (["--chat", "--json"], "there is no prompt"),
+        (["def f", "--chat"], "has no chat template"),
+        (["def f", "--engine", "nativ"], "unknown engine 'nativ'"),
+        (["def f", "--cache-bits", "8", "--draft", "lookup"], "without --draft"),
+    ):
+        assert main(["generate", str(tiny_llama), *wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_conversation_is_a_turn_a_line(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    )
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("def fox\n\nx =\n"))
+    assert main(["generate", str(folder), "--chat", "--max-tokens", "6"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    first = run_json(capsys, "generate", folder, "--chat", "--prompt", "def fox", "--max-tokens", "6")
+    assert first["text"] and "\n".join(answers).startswith(first["text"])
+
+
+def test_bench_measures_everything_and_says_the_shares(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--prompt-tokens", "32", "--new-tokens", "3", "--batches", "1,4", "--repetitions", "2", "--threads", "1"]
+    found = run_json(capsys, "bench", tiny_llama, *small)
+    assert set(found["decode_tokens_per_second"]) == {"1", "4"}
+    assert all(value > 0 for value in found["decode_tokens_per_second"].values())
+    assert found["prefill_tokens_per_second"] == pytest.approx(32 / found["time_to_first_token_seconds"], rel=0.5)
+    wanted = found["weight_bytes"] * found["decode_tokens_per_second"]["1"] / found["read_bytes_per_second"]
+    assert found["memory_bandwidth_share"] == pytest.approx(wanted)
+    assert 0 < found["arithmetic_share"] < 1
+    page = tmp_path / "speed.html"
+    assert main(["bench", str(tiny_llama), *small, "--report", str(page)]) == 0
+    assert "decode, 4 at once" in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8").count("<svg") == 2
+    assert "decode, 4 at once" in page.read_text(encoding="utf-8")
+    for wrong, words in (
+        (["--batches", "1,x"], "no list of numbers"),
+        (["--prompt-tokens", "600"], "context holds 512"),
+    ):
+        assert main(["bench", str(tiny_llama), *wrong]) == 2
+        assert words in capsys.readouterr().err

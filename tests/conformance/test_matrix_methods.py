@@ -1,4 +1,8 @@
-"""What every matrix method owes, over the registry: a new method is checked by being registered."""
+"""What every matrix method owes, over the registry: a new method is checked by being registered.
+
+Methods whose codes stand for several weights have no grid and no zero point, hence other fields and other checks:
+`tests/methods/quantize/test_residual_codebooks.py` asks of them what this suite asks of the rest.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +46,15 @@ FIELDS: list[dict[str, Any]] = [
 ]
 SHAPES = [(7, 172), (64, 172), (5, 20), (1, 1), (3, 33)]
 
-# methods that choose codes; those that store factors alone have a suite of their own
-CODERS = [name for name, cls in METHODS.items() if cls.__module__.startswith("fettle.methods.quantize.")]
-every_method = pytest.mark.parametrize("name", CODERS)
+# methods that choose codes; those that store factors alone have a scheme of no bits and a suite of their own
+SCALAR = [
+    name
+    for name, cls in METHODS.items()
+    if isinstance(cls().scheme("float32"), Scheme) and ".quantize." in cls.__module__
+]
+VECTOR = {"residual_codebooks"}
+
+every_method = pytest.mark.parametrize("name", SCALAR)
 
 
 def accepted(name: str, fields: dict[str, Any]) -> bool:
@@ -60,7 +70,7 @@ every_case = pytest.mark.parametrize(
     ("name", "fields"),
     [
         pytest.param(name, fields, id=f"{name}-{'-'.join(str(v) for v in fields.values())}")
-        for name in CODERS
+        for name in SCALAR
         for fields in FIELDS
         if accepted(name, fields)
     ],
@@ -270,3 +280,7 @@ def test_no_worse_than_round_to_nearest_in_its_own_objective(name: str, fields: 
 def test_only_what_makes_no_sense_is_refused(name: str) -> None:
     refused = {fields.get("grid") for fields in FIELDS if not accepted(name, fields)}
     assert refused == {grid for method, grid in REFUSED if method == name}
+
+
+def test_every_method_is_in_one_suite() -> None:
+    assert set(METHODS) - set(SCALAR) == VECTOR

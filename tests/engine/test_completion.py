@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fettle.engine.completion import complete, complete_with, end_tokens, prompt_ids, stream_completion
-from fettle.engine.sampling import Sampling
+from fettle.engine.completion import complete, complete_with, stream_completion
+from fettle.engine.prompts import end_tokens, prompt_ids
+from fettle.engine.sampler import Sampling
 from fettle.errors import NonFiniteError, UsageError
 from fettle.models.loading import load
 

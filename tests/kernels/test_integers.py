@@ -12,7 +12,7 @@ from tests.tensors.test_scheme import random_quantized
 from fettle.errors import UsageError
 from fettle.kernels import integers
 from fettle.kernels.integers import integer_linear
-from fettle.kernels.reference import int_linear
+from fettle.kernels.reference import reference_linear
 from fettle.tensors import Activations, Scheme, uniform
 from fettle.tensors.activations import InputScale
 
@@ -43,7 +43,7 @@ def test_integers_give_what_values_give(
         weight = replace(weight, input_scale=InputScale.spanning(-2.0, 3.0, activations, torch.float32))
     inputs, bias = torch.randn(2, 5, shape[1], generator=torch.Generator().manual_seed(1)) + 0.3, torch.ones(shape[0])
     state = weight.to_state("int-quantized")
-    expected = int_linear(inputs, state, scheme, bias)
+    expected = reference_linear("int-quantized")(inputs, state, scheme, bias)
     for pieces in (1 << 16, 20):
         monkeypatch.setattr(integers, "EXACT_COLUMNS", pieces)
         found = integer_linear(inputs, state, scheme, bias)

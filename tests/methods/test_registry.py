@@ -10,7 +10,7 @@ import yaml
 from fettle.errors import RecipeError
 from fettle.methods import registry
 from fettle.methods.registry import METHODS, from_fields, to_fields
-from fettle.methods.statistics import STATISTICS
+from fettle.methods.statistics import OF_THE_WEIGHT, STATISTICS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -18,14 +18,14 @@ def test_every_method_declares_itself(name: str) -> None:
     cls = registry.get(name)
     assert cls.name == name
     assert cls.title and cls.source
-    assert cls.objective in ("weight_error", "output_error", "robust_error")
-    assert set(cls.statistics) <= set(STATISTICS)
+    assert cls.objective in ("weight_error", "output_error", "robust_error", "first_order")
+    assert set(cls.statistics) <= set(STATISTICS) | OF_THE_WEIGHT
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fields_come_back_equal_through_yaml(name: str) -> None:
     for given in ({}, {"bits": 3, "group_size": None, "asymmetric": True, "scale_dtype": "float16"}):
-        method = from_fields(name, given)
+        method = from_fields(name, {key: given[key] for key in given if key in METHODS[name].__dataclass_fields__})
         assert from_fields(name, yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
 
 
@@ -81,3 +81,13 @@ def test_an_unknown_method_gets_the_nearest_spelling() -> None:
 )
 def test_fields_say_the_scheme(fields: dict[str, Any], dtype: str, described: str) -> None:
     assert from_fields("round_to_nearest", fields).scheme(dtype).describe() == described
+
+
+def test_methods_for_the_whole_model_declare_themselves_and_are_no_matrix_methods() -> None:
+    assert set(registry.BASES) == {"rotation"} and not set(registry.BASES) & set(METHODS)
+    cls = registry.BASES["rotation"]
+    assert cls.name == "rotation" and cls.title and cls.source and cls.switch == "rotate" and cls.statistics == ()
+    method = registry.basis_from_fields("rotation", {"seed": 4, "heads": False})
+    assert registry.basis_from_fields("rotation", yaml.safe_load(yaml.safe_dump(to_fields(method)))) == method
+    with pytest.raises(RecipeError, match="compresses no linear by itself"):
+        from_fields("rotation", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fettle.errors import CheckpointError, RecipeError
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.skeleton import Skeleton
-from fettle.pipeline.recipe import CalibrationOptions, Recipe, parse_recipe, recipe_from_method
+from fettle.pipeline.recipe import CalibrationOptions, Recipe, load_recipe, parse_recipe, recipe_from_method
 
 from ..parity.tiny_models import write_model
 from .conftest import digests
@@ -27,6 +28,7 @@ CASES = {
     "dynamic, a tensor": {**DYNAMIC, "activation_granularity": "tensor"},
     "static": STATIC,
     "static, symmetric": {**STATIC, "activation_asymmetric": False, "observer": "minmax"},
+    "static by the recipe": {},
     "4 bits by groups": {"bits": 4, "activations": "dynamic"},
 }
 
@@ -55,7 +57,10 @@ def test_evaluation_loaded_model_and_plain_transformers_agree(
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
-    made = fettle.compress(tiny_llama, out, recipe_of(text_file, CASES[name]), evaluate=False)
+    recipe = recipe_of(text_file, CASES[name])
+    if name == "static by the recipe":  # static and dynamic linears side by side, weights rescaled
+        recipe = replace(load_recipe("w8a8-static"), calibration=recipe.calibration)
+    made = fettle.compress(tiny_llama, out, recipe, evaluate=False)
     ids = torch.arange(3, 43).reshape(1, -1)
     with torch.no_grad():
         loaded = fettle.load(out).model(ids).logits
@@ -141,8 +146,8 @@ def test_generation_runs(tiny_llama: Path, text_file: Path, tmp_path: Path) -> N
     [
         ({"activations": "static", "activation_granularity": "token"}, "nobody has seen yet"),
         ({"activation_bits": 4}, "activations is none"),
-        ({"observer": "mse"}, "activations is none"),
-        ({"activations": "dynamic", "observer": "mse"}, "found on the spot"),
+        ({"observer": "minmax"}, "activations is none"),
+        ({"activations": "dynamic", "observer": "minmax"}, "found on the spot"),
         ({"activations": "dynamic", "activation_granularity": "channel"}, "allowed: token, tensor, none"),
         ({"activations": "weekly"}, "allowed: none, dynamic, static"),
     ],
@@ -168,7 +173,7 @@ def test_inputs_in_other_formats_are_refused(tiny_llama: Path, text_file: Path, 
     out = tmp_path / "out"
     fettle.compress(tiny_llama, out, recipe_of(text_file, DYNAMIC), evaluate=False)
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["input_activations"]["type"] = "float"
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] |= {"type": "float", "num_bits": 4}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"inputs of .* are quantized as float"):
+    with pytest.raises(CheckpointError, match=r"inputs of .* are quantized as 4-bit float"):
         fettle.load(out)

@@ -1,5 +1,5 @@
-"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; and the three that look first: `plan`,
-`inspect`, `diagnose`.
+"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; the three that look first: `plan`, `inspect`,
+`diagnose`; and `open_engine`, which serves many requests at once.
 
 import fettle
 
@@ -11,13 +11,27 @@ from __future__ import annotations
 
 from fettle.api.compressing import Compression, compress
 from fettle.api.questions import diagnose, evaluate, evaluate_cache, generate, inspect, load, plan
+from fettle.engine.asynchronous import AsyncEngine
+from fettle.engine.engine import Completion, Engine, Update
+from fettle.engine.runners import RunnerOptions, open_engine
+from fettle.engine.sampler import Sampling
+from fettle.engine.scheduler import SchedulerOptions
+from fettle.engine.sequence import Request
 from fettle.search.budget import Budget
 from fettle.tensors.cache_codes import CacheScheme
 
 __all__ = [
+    "AsyncEngine",
     "Budget",
     "CacheScheme",
+    "Completion",
     "Compression",
+    "Engine",
+    "Request",
+    "RunnerOptions",
+    "Sampling",
+    "SchedulerOptions",
+    "Update",
     "compress",
     "diagnose",
     "evaluate",
@@ -25,5 +39,6 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "open_engine",
     "plan",
 ]

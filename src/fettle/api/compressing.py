@@ -17,7 +17,7 @@ from fettle.api.questions import evaluate as measure_folder
 from fettle.api.questions import generate
 from fettle.data.tokenizer import has_tokenizer, load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
-from fettle.engine.completion import checked_prompt
+from fettle.engine.prompts import checked_prompt
 from fettle.errors import UsageError
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
@@ -43,6 +43,7 @@ from fettle.pipeline.summary import read_summary, summarize
 from fettle.progress import Progress, Silent
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
+from fettle.search.allocation import allocated
 from fettle.search.budget import Budget
 from fettle.search.choose import Choice, choose, probe_run
 
@@ -93,7 +94,7 @@ def compress(
         evaluate: measure the written files; None: where that takes under about a minute.
         generic: treat every linear of an unknown architecture alike.
         budget: how small it has to be; each linear then gets the scheme with which the whole keeps most, and only the
-            calibration of `recipe` is used.
+            calibration of `recipe` is used, and its rotation.
         report: where the page goes; None: `OUTPUT.run/report.html`.
         progress: told how far it is.
         command: the command that reproduces this, for the page.
@@ -109,8 +110,11 @@ def compress(
         require_writable(Path(report))
     with stop_on_signals(output):
         choice = None
+        chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
         if budget is not None:
-            probe = probe_run(model, budget, chosen.calibration, device=device, threads=threads, generic=generic)
+            probe = probe_run(
+                model, budget, chosen.calibration, device=device, threads=threads, generic=generic, basis=chosen.basis
+            )
             refuse_inside(probe.checkpoint.folder, output)
             choice = choose(probe, output, budget, fresh=fresh, progress=progress)
             chosen = choice.recipe

@@ -40,6 +40,7 @@ from fettle.pipeline.run import (
     versions,
 )
 from fettle.progress import Progress, Silent
+from fettle.search.allocation import allocated
 from fettle.tensors.cache_codes import CacheScheme
 
 LONGEST_CACHE_WINDOW = 4096  # tokens, unless asked
@@ -57,6 +58,7 @@ def plan(
 ) -> Plan:
     """Predicts bytes (exactly), peak memory and time, and sends one block through the whole path, save included."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
     run = prepare(model, chosen, device=device, threads=threads, generic=generic)
     return plan_run(run, progress or Silent(), Path.cwd() if os.access(Path.cwd(), os.W_OK) else None)
 

@@ -10,11 +10,23 @@ import typer
 
 from fettle import api
 from fettle.cli.flags import with_flags
-from fettle.cli.options import Candidates, Device, Generic, Json, MethodChoice, Model, RecipeChoice, ReportPath, Threads
+from fettle.cli.options import (
+    AllocationChoice,
+    Candidates,
+    Dense,
+    Device,
+    Generic,
+    Json,
+    MethodChoice,
+    Model,
+    RecipeChoice,
+    ReportPath,
+    Threads,
+)
 from fettle.cli.output import console, duration, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
-from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags
+from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags, with_masks
 from fettle.cli.reshaping import reshaping_table
 from fettle.errors import UsageError
 from fettle.report.tables import warning
@@ -47,6 +59,8 @@ def run(
     size: Size = None,
     candidate: Candidates = None,
     free_fused: Free = False,
+    dense: Dense = False,
+    allocation: AllocationChoice = None,
     device: Device = "cpu",
     threads: Threads = None,
     fresh: Fresh = False,
@@ -66,12 +80,14 @@ def run(
       fettle compress demo -o small --recipe gptq-4bit
       fettle compress ./llama -o llama-4bit --method gptq --bits 4 --group-size 32 --asymmetric \\
           --calibration text.txt --windows 128 --length 256 --seed 0
+      fettle compress ./llama -o llama-3bit --method gptq --bits 3 --rotate
       fettle compress demo -o small --bits-per-weight 3.5
+      fettle compress demo -o sparse --method sparsegpt --pattern 2:4 --bits 4
     """
     budget = _budget(bits_per_weight, size, candidate, free_fused)
     if budget is not None and (recipe is not None or method is not None):
         raise UsageError("--bits-per-weight and --size choose the recipe; leave out --recipe and --method")
-    chosen = chosen_recipe(recipe, method, fields)
+    chosen = with_masks(chosen_recipe(recipe, method, fields), dense=dense, allocation=allocation)
     note = calibration_note(chosen)
     if note:
         print(note, file=sys.stderr)

@@ -73,6 +73,18 @@ def dataclass_flags(cls: type, *, rename: Mapping[str, str] | None = None, panel
     ]
 
 
+def switched_flags(switch: str, text: str, cls: type) -> list[inspect.Parameter]:
+    """A flag that turns something on, and one for each field of its dataclass: `--rotate`, `--rotate-seed`."""
+    hints = get_type_hints(cls)
+    annotation: Any = Annotated[bool, typer.Option(f"--{switch}", help=text, show_default=False)]
+    first = inspect.Parameter(switch, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+    fields = dataclasses.fields(cls)
+    names = [f"{switch}_{field.name}" for field in fields]
+    helps = [_help(field, f"--{switch}", default_words(field)) for field in fields]
+    flags = zip(fields, names, helps, strict=True)
+    return [first, *(_flag(name, hints[field.name], text, name) for field, name, text in flags)]
+
+
 def method_flags(methods: Mapping[str, type]) -> list[inspect.Parameter]:
     """The fields of all methods, merged: one flag a field name, saying which methods have it."""
     flags: dict[str, inspect.Parameter] = {}

@@ -1,10 +1,11 @@
-"""`fettle generate`: completes a prompt, showing the text as it is made."""
+"""`fettle generate`: completes a prompt or holds a conversation, showing the text as it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 import time
+from collections.abc import Generator
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -13,23 +14,47 @@ from fettle import api
 from fettle.cli.flags import dataclass_flags, given, with_flags
 from fettle.cli.options import Device, Generic, Json, Model
 from fettle.cli.output import emit_json
-from fettle.engine.completion import complete_with, require_text, stream_completion
-from fettle.engine.sampling import Sampling
+from fettle.engine.contiguous_runner import ContiguousRunner
+from fettle.engine.engine import Completion, Engine
+from fettle.engine.prompts import Vocabulary, require_text
+from fettle.engine.runners import ENGINES, RunnerOptions, open_engine
+from fettle.engine.sampler import Sampling
+from fettle.engine.scheduler import SchedulerOptions
+from fettle.engine.sequence import Request
 from fettle.errors import UsageError
 from fettle.models.kv_cache import quantized_cache
+from fettle.models.source import resolve
 from fettle.tensors.cache_codes import CacheScheme
 
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="How many tokens at most.", min=1)]
-
+Text = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")]
+Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The same, as a flag.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="A conversation, by the model's template; without a prompt, a line a turn.")
+]
+Tokens = Annotated[
+    int, typer.Option("--max-tokens", "--max-new-tokens", metavar="N", help="How many tokens at most.", min=1)
+]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text that ends it; may be given again.")]
+Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINES)}.")]
+Draft = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses tokens; lookup: the text itself.")
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="How many threads compute.", min=1)]
 CacheBits = Annotated[int | None, typer.Option(metavar="N", help="Keep old keys and values in 8, 4 or 2 bits.")]
+CHAT_TOKENS = 8192  # what the cache of a conversation holds, if the model's context is no shorter
 
 
 @with_flags(dataclass_flags(Sampling))
 def run(
     model: Model,
-    prompt: Prompt,
-    max_new_tokens: Tokens = 64,
+    text: Text = None,
+    prompt: Prompt = None,
+    chat: Chat = False,
+    max_tokens: Tokens = 64,
+    stop: Stop = None,
+    engine: Name = "torch",
+    draft: Draft = None,
+    threads: Threads = None,
     device: Device = "cpu",
     generic: Generic = False,
     cache_bits: CacheBits = None,
@@ -40,25 +65,111 @@ def run(
 
     \b
     Example:
-      fettle generate demo "def fibonacci(n):" --max-new-tokens 48
+      fettle generate demo --prompt "def fibonacci(n):" --max-tokens 48
     """
     names = [f.name for f in dataclasses.fields(Sampling)]
     sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
     sampling.check()
-    text = _standard_input() if prompt == "-" else require_text(prompt)
-    if cache_bits is not None:
-        CacheScheme(bits=cache_bits).check()
-    loaded = api.load(model, device=device, generic=generic)
-    cache = None if cache_bits is None else quantized_cache(loaded, CacheScheme(bits=cache_bits))
-    began = time.monotonic()
-    if json:
-        made = complete_with(loaded, text, sampling, max_new_tokens=max_new_tokens, cache=cache)
-        emit_json("generate", {"prompt": text, **dataclasses.asdict(made), "seconds": time.monotonic() - began})
-        return
-    print(text, end="", flush=True)
-    for piece in stream_completion(loaded, text, sampling, max_new_tokens=max_new_tokens, cache=cache):
-        print(piece, end="", flush=True)
-    print()
+    scheme = None if cache_bits is None else CacheScheme(bits=cache_bits)
+    if scheme is not None:
+        scheme.check()
+    asked = _asked(text, prompt, talks=chat and not json)
+    vocabulary = Vocabulary.of_folder(resolve(model), generic=generic)
+    ids: tuple[int, ...] = ()
+    if asked is not None:
+        ids = vocabulary.encode_chat([_said(asked)]) if chat else vocabulary.encode(asked)
+    wanted = Request(
+        prompt=ids or (0,), sampling=sampling, max_tokens=max_tokens, stop=tuple(stop or ()), logprobs=None
+    )
+    longest = len(ids) + max_tokens if ids else CHAT_TOKENS
+    options = RunnerOptions(
+        cache_tokens=min(longest, vocabulary.context_length or longest), threads=threads, device=device, generic=generic
+    )
+    if scheme is None:
+        opened = open_engine(model, engine=engine, runner=options, scheduler=_alone(), draft=draft)
+    else:
+        if draft is not None or engine != "torch":
+            raise UsageError("--cache-bits goes with --engine torch and without --draft: such a cache forgets nothing")
+        opened = _coded(model, scheme, options, vocabulary, len(ids))
+    if asked is None:
+        _talk(opened, vocabulary, wanted)
+    elif json:
+        began = time.monotonic()
+        made = opened.generate([wanted])[0]
+        emit_json("generate", {"prompt": asked, **_plain(made, opened), "seconds": time.monotonic() - began})
+    else:
+        print("" if chat else asked, end="", flush=True)
+        _show(opened.stream(wanted))
+
+
+def _asked(text: str | None, prompt: str | None, *, talks: bool) -> str | None:
+    """The prompt, wherever it was given; None where a conversation is read line by line."""
+    if text is not None and prompt is not None:
+        raise UsageError("the prompt is given twice, as PROMPT and as --prompt; give one of them")
+    asked = prompt if text is None else text
+    if asked is None and not talks:
+        raise UsageError(
+            "there is no prompt; give PROMPT, --prompt TEXT, - for standard input, or --chat alone to talk"
+        )
+    return _standard_input() if asked == "-" else None if asked is None else require_text(asked)
+
+
+def _alone(chunk: int = 512) -> SchedulerOptions:
+    return SchedulerOptions(max_sequences=1, max_step_tokens=chunk)
+
+
+def _coded(
+    model: str, scheme: CacheScheme, options: RunnerOptions, vocabulary: Vocabulary, prompt_tokens: int
+) -> Engine:
+    """An engine whose cache keeps old tokens as codes; a prompt is read at once, so it is exact to itself."""
+    loaded = api.load(model, device=options.device, generic=options.generic)
+    runner = ContiguousRunner(
+        loaded,
+        lambda: quantized_cache(loaded, scheme),
+        tokens=options.cache_tokens or CHAT_TOKENS,
+        threads=options.threads,
+    )
+    return Engine(runner, vocabulary, _alone(max(512, prompt_tokens)))
+
+
+def _plain(made: Completion, engine: Engine) -> dict[str, Any]:
+    return {
+        "text": made.text,
+        "tokens": made.tokens,
+        "token_ids": made.tokens,
+        "prompt_tokens": made.prompt_tokens,
+        "stopped": made.stopped,
+        "prefill_tokens_per_second": made.prefill_tokens_per_second,
+        "decode_tokens_per_second": made.decode_tokens_per_second,
+        "guessed_tokens": 0 if engine.payoff is None else engine.payoff.guessed,
+        "accepted_tokens": 0 if engine.payoff is None else engine.payoff.accepted,
+    }
+
+
+def _said(content: str, role: str = "user") -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _talk(engine: Engine, vocabulary: Vocabulary, wanted: Request) -> None:
+    """A turn a line of standard input; what was said before is still in the cache."""
+    messages: list[dict[str, str]] = []
+    for line in sys.stdin:
+        if line.strip():
+            messages.append(_said(line.strip()))
+            answer = dataclasses.replace(wanted, prompt=vocabulary.encode_chat(messages))
+            messages.append(_said(_show(engine.stream(answer)).text, "assistant"))
+
+
+def _show(stream: Generator[str, None, Completion]) -> Completion:
+    """Prints the pieces as they come and a line's end behind them."""
+    while True:
+        try:
+            print(next(stream), end="", flush=True)
+        except StopIteration as end:
+            print()
+            made = end.value
+            assert isinstance(made, Completion)
+            return made
 
 
 def _standard_input() -> str:

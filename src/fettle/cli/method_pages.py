@@ -7,7 +7,9 @@ from typing import Any, get_type_hints
 
 from fettle.cli.flags import default_words, flag_name, metavar
 from fettle.methods.protocols import RescalingMethod
-from fettle.methods.registry import EVERY_METHOD
+from fettle.methods.registry import BASES, EVERY_METHOD
+
+_ALL: dict[str, type[Any]] = {**EVERY_METHOD, **BASES}
 
 
 def describe_methods() -> list[dict[str, Any]]:
@@ -19,9 +21,9 @@ def describe_methods() -> list[dict[str, Any]]:
             "source": cls.source,
             "objective": cls.objective,
             "statistics": list(dict.fromkeys((*cls.statistics, *_rescaling(cls)))),
-            "fields": _fields(cls),
+            "fields": _fields(cls, f"{cls.switch}_" if name in BASES else ""),
         }
-        for name, cls in EVERY_METHOD.items()
+        for name, cls in _ALL.items()
     ]
 
 
@@ -30,12 +32,12 @@ def _rescaling(cls: Any) -> tuple[str, ...]:
     return tuple(cls().rescaler().statistics) if issubclass(cls, RescalingMethod) else ()
 
 
-def _fields(cls: Any) -> list[dict[str, str]]:
+def _fields(cls: Any, prefix: str) -> list[dict[str, str]]:
     hints = get_type_hints(cls)
     return [
         {
             "name": field.name,
-            "flag": f"--{flag_name(field.name)}",
+            "flag": f"--{flag_name(prefix + field.name)}",
             "type": "yes|no" if hints[field.name] is bool else metavar(hints[field.name]),
             "default": default_words(field),
             "help": str(field.metadata.get("help", "")),

@@ -20,6 +20,17 @@ RecipeChoice = Annotated[
 MethodChoice = Annotated[
     str | None, typer.Option("--method", metavar="NAME", help="One method for every linear, instead of a recipe.")
 ]
+Dense = Annotated[
+    bool, typer.Option("--dense", help="Write pruned weights out with their zeros, for loaders that know no masks.")
+]
+AllocationChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--allocation",
+        metavar="uniform|global|sensitivity|outliers",
+        help="How a pruning method's sparsity is spread over the linears; default uniform.",
+    ),
+]
 ReportPath = Annotated[Path | None, typer.Option("--report", metavar="PATH", help="Where the HTML page goes.")]
 Candidates = Annotated[
     list[str] | None,

@@ -6,10 +6,20 @@ from typing import Any
 
 from fettle import api
 from fettle.cli.flags import with_flags
-from fettle.cli.options import Device, Generic, Json, MethodChoice, Model, RecipeChoice, Threads
+from fettle.cli.options import (
+    AllocationChoice,
+    Dense,
+    Device,
+    Generic,
+    Json,
+    MethodChoice,
+    Model,
+    RecipeChoice,
+    Threads,
+)
 from fettle.cli.output import console, duration, emit_json, show, size, table
 from fettle.cli.progress import progress
-from fettle.cli.recipe_choice import chosen_recipe, recipe_flags
+from fettle.cli.recipe_choice import chosen_recipe, recipe_flags, with_masks
 
 
 @with_flags(recipe_flags())
@@ -17,6 +27,8 @@ def run(
     model: Model,
     recipe: RecipeChoice = None,
     method: MethodChoice = None,
+    dense: Dense = False,
+    allocation: AllocationChoice = None,
     device: Device = "cpu",
     threads: Threads = None,
     generic: Generic = False,
@@ -29,7 +41,7 @@ def run(
     Example:
       fettle plan ./llama --recipe gptq-4bit
     """
-    chosen = chosen_recipe(recipe, method, fields)
+    chosen = with_masks(chosen_recipe(recipe, method, fields), dense=dense, allocation=allocation)
     plan = api.plan(model, chosen, device=device, threads=threads, generic=generic, progress=progress(json=json))
     if json:
         emit_json("plan", plan.to_json())

@@ -17,7 +17,9 @@ import yaml
 from fettle.errors import RecipeError
 from fettle.methods import registry
 from fettle.methods.protocols import MatrixMethod
-from fettle.tensors.scheme import Scheme
+from fettle.methods.statistics import OF_THE_WEIGHT
+from fettle.tensors.masked import MaskedScheme
+from fettle.tensors.weights import WeightScheme
 
 DIAGNOSED_BITS = (2, 3, 4, 8)
 
@@ -28,7 +30,7 @@ class Candidate:
 
     label: str
     method: MatrixMethod
-    scheme: Scheme
+    scheme: WeightScheme
 
     def to_json(self) -> dict[str, Any]:
         """Label, method, fields and scheme as plain data."""
@@ -68,7 +70,8 @@ def parse_candidate(text: str) -> MatrixMethod:
             raise RecipeError(
                 f"candidate {text!r}: {word!r} is no FIELD=VALUE; write it as in: gptq bits=3 group_size=64"
             )
-        spelled = None if value == "none" else yaml.safe_load(value)
+        pattern = ":" in value  # which YAML takes for a number to the base of sixty
+        spelled = None if value == "none" else value if pattern else yaml.safe_load(value)
         fields[key.replace("-", "_")] = spelled
     return registry.matrix_method(words[0], fields)
 
@@ -87,6 +90,11 @@ def as_candidates(methods: Iterable[MatrixMethod | str | Mapping[str, Any]], dty
             raise RecipeError(
                 f"the candidate {method.name} quantizes inputs, and sensitivities are found with inputs as they are; "
                 "compress with activations in a recipe, and measure that"
+            )
+        if OF_THE_WEIGHT.intersection(method.needs()):
+            raise RecipeError(
+                f"the candidate {method.name} looks at the gradient of the loss, which a scan of candidates does not "
+                "collect; compress with it in a recipe, or give wanda"
             )
         if method in found[:index]:
             raise RecipeError(f"the candidate {method} is there twice; give each once")
@@ -108,8 +116,9 @@ def _as_method(method: MatrixMethod | str | Mapping[str, Any]) -> MatrixMethod:
 
 
 def _title(method: MatrixMethod) -> str:
-    bits = getattr(method, "bits", None)
-    return f"{method.name}-{bits}bit" if bits else method.name
+    bits, scheme = getattr(method, "bits", None), method.scheme("float32")
+    pruned = f"-{100 * scheme.sparsity:.4g}%" if isinstance(scheme, MaskedScheme) else ""
+    return f"{method.name}{pruned}-{bits}bit" if bits else f"{method.name}{pruned}"
 
 
 def _unique(labels: Sequence[str], index: int, methods: Sequence[MatrixMethod]) -> str:

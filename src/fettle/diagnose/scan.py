@@ -26,7 +26,7 @@ from fettle.errors import NonFiniteError
 from fettle.methods.statistics import FEWEST_TOKENS, STATISTICS
 from fettle.models.anatomy import Linear
 from fettle.models.checkpoint import check_finite
-from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.weights import CompressedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ScannedLinear:
     linear: Linear
     weight: Tensor  # float32 [out, in], a copy
     seen: Activations
-    quantized: dict[str, QuantizedTensor]  # by the candidate's label
+    quantized: dict[str, CompressedWeight]  # by the candidate's label
 
 
 def linears_of(original: Original, index: int) -> list[Linear]:
@@ -116,7 +116,7 @@ def _compress(
     for linear in linears:
         check_finite(linear.weight_name, weights[linear.name])
 
-    def solve(piece: tuple[Linear, Candidate]) -> QuantizedTensor:
+    def solve(piece: tuple[Linear, Candidate]) -> CompressedWeight:
         linear, candidate = piece
         try:
             return candidate.method.compress(weights[linear.name], statistics.get(linear.input_group, {}), dtype=dtype)
@@ -125,7 +125,7 @@ def _compress(
 
     pieces = [(linear, candidate) for linear in linears for candidate in candidates]
     solved = original.workers.map(solve, pieces)
-    made: dict[str, dict[str, QuantizedTensor]] = {linear.name: {} for linear in linears}
+    made: dict[str, dict[str, CompressedWeight]] = {linear.name: {} for linear in linears}
     for (linear, candidate), quantized in zip(pieces, solved, strict=True):
         made[linear.name][candidate.label] = quantized
     with torch.no_grad():

@@ -27,6 +27,7 @@ from torch import Tensor
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Windows
 from fettle.errors import NonFiniteError, UsageError
+from fettle.evaluate.basis import residual_basis
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.quality import TokenMeasures, concatenate, measure_tokens
 from fettle.evaluate.result import Evaluation
@@ -36,6 +37,7 @@ from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.skeleton import Skeleton
 from fettle.progress import Progress, Silent
+from fettle.tensors.orthogonal import Orthogonal
 from fettle.workers import Workers
 
 HEAD_LOGITS = 2**24  # logits made at once, of each model in each thread: 64 MB in float32
@@ -50,6 +52,7 @@ class _Side:
     anatomy: Anatomy
     skeleton: Skeleton
     hidden: list[Tensor]
+    basis: Orthogonal | None  # the coordinates of its hidden states; None: those that it was trained in
 
     @classmethod
     def open(cls, folder: Path, device: str, generic: bool) -> _Side:
@@ -57,7 +60,8 @@ class _Side:
         checkpoint.verify_hashes()
         anatomy = read_anatomy(checkpoint, generic=generic)
         skeleton = Skeleton.build(checkpoint, anatomy, device=device)
-        return cls(folder=folder, checkpoint=checkpoint, anatomy=anatomy, skeleton=skeleton, hidden=[])
+        basis = residual_basis(checkpoint, anatomy)
+        return cls(folder=folder, checkpoint=checkpoint, anatomy=anatomy, skeleton=skeleton, hidden=[], basis=basis)
 
     def embed(self, windows: Windows) -> None:
         self.hidden = [self.skeleton.embed(ids) for ids in windows.ids]
@@ -73,6 +77,11 @@ class _Side:
                     f"block {index} ({self.anatomy.blocks[index].name}) of {self.folder} turns window {window} into "
                     "NaN or infinity; the files are damaged, or the model cannot compute this text"
                 )
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The hidden states in the coordinates that the model was trained in: what two models are compared by."""
+        return self.hidden if self.basis is None else [self.basis.undo(state) for state in self.hidden]
 
     def logits(self, window: int, part: slice) -> Tensor:
         """float32 [part, vocab], on CPU; what follows position i of the window stands in row i."""
@@ -194,7 +203,7 @@ def _through_blocks(side: _Side, other: _Side | None, workers: Workers, progress
             if other is not None and index < reference_blocks:
                 other.run_block(index, workers)
             if other is not None and paired:
-                errors.append(relative_error(side.hidden, other.hidden))
+                errors.append(relative_error(side.states, other.states))
             task.advance()
     return errors
 
@@ -272,12 +281,10 @@ def _perplexity(loss: Tensor, text_bytes: int, prefix: str) -> dict[str, float]:
 
 
 def _outputs(side: _Side, other: _Side) -> dict[str, float]:
-    cosines = [
-        torch.nn.functional.cosine_similarity(a, b, dim=-1).flatten()
-        for a, b in zip(side.hidden, other.hidden, strict=True)
-    ]
+    ours, theirs = side.states, other.states
+    cosines = [torch.nn.functional.cosine_similarity(a, b, dim=-1).flatten() for a, b in zip(ours, theirs, strict=True)]
     return {
-        "output_relative_error": relative_error(side.hidden, other.hidden),
+        "output_relative_error": relative_error(ours, theirs),
         "output_cosine": torch.cat(cosines).double().mean().item(),
     }
 

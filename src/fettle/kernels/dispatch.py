@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
 from torch import Tensor
 
 from fettle.errors import UsageError, unknown_word
-from fettle.kernels.reference import int_linear, packed_linear
-from fettle.tensors.scheme import Scheme
+from fettle.kernels.masked import masked_linear
+from fettle.kernels.reference import reference_linear
+from fettle.kernels.vectors import vector_linear
+from fettle.tensors.storages import Storage
 
-Linear = Callable[[Tensor, Mapping[str, Tensor], Scheme, Tensor | None], Tensor]
+REFERENCE = "reference (dequantize by tiles)"
+# inputs, state, scheme, bias; the scheme is of the type that the format says
+Linear = Callable[[Tensor, Mapping[str, Tensor], Any, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,7 @@ class Kernel:
 
     Attributes:
         op: "linear".
-        format: the storage that it reads.
+        format: the storage that it reads; "vector-codes" for codes of eight weights.
         devices: torch device types, or empty for any.
         name: for people.
         run: inputs, state, scheme, bias → outputs.
@@ -37,8 +42,12 @@ class Kernel:
 
 
 KERNELS: tuple[Kernel, ...] = (  # the first that fits runs
-    Kernel(op="linear", format="pack-quantized", devices=(), name="reference (dequantize by tiles)", run=packed_linear),
-    Kernel(op="linear", format="int-quantized", devices=(), name="reference (dequantize by tiles)", run=int_linear),
+    *(
+        Kernel(op="linear", format=storage, devices=(), name=REFERENCE, run=reference_linear(storage))
+        for storage in get_args(Storage)
+    ),
+    Kernel(op="linear", format="vector-codes", devices=(), name=REFERENCE, run=vector_linear),
+    Kernel(op="linear", format="masked", devices=(), name="reference (dense by tiles)", run=masked_linear),
 )
 
 

@@ -5,7 +5,7 @@
 
 Only Σ a·w needs a product of matrices, of int8 codes with an int32 sum; it is exact up to 2^16 columns, and wider
 groups are summed in pieces. All other sums are one for each row or token. What is computed equals
-`reference.int_linear`, whose sums are of floating numbers, up to their rounding. No model runs through this yet: it
+the reference, whose sums are of floating numbers, up to their rounding. No model runs through this yet: it
 says what a fast kernel has to give.
 """
 
@@ -39,8 +39,8 @@ def integer_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, 
     Raises:
         UsageError: the scheme leaves inputs as they are.
     """
-    if scheme.activations is None:
-        raise UsageError("the inputs are no integers; integer_linear needs a scheme with activations")
+    if scheme.activations is None or scheme.activations.grid != "uniform":
+        raise UsageError("the inputs are no integers; integer_linear needs a scheme with activations in integers")
     quantizer = InputQuantizer(activations=scheme.activations, fixed=stored_input_scale(state, scheme))
     flat = inputs.reshape(-1, inputs.shape[-1])
     found, scale, point = quantizer.codes(flat)  # [tokens, in], and [tokens, 1] or [1]

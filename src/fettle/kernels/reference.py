@@ -21,43 +21,43 @@ from torch.nn.functional import linear
 
 from fettle.tensors.activations import InputQuantizer
 from fettle.tensors.factored import FactoredTensor
-from fettle.tensors.packing import unpack_bits
-from fettle.tensors.quantized import dequantize_rows, row_tiles, stored_input_scale, stored_shared
+from fettle.tensors.quantized import (
+    dequantize_rows,
+    row_tiles,
+    stored_input_scale,
+    stored_shared,
+    stored_zero_point,
+)
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.storages import code_tensor, unpack_codes
 
 TILE_WEIGHTS = 1 << 22
 
 
-def packed_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
-    """Multiplies with a `pack-quantized` state; see `QuantizedTensor.to_state` for its tensors.
+def reference_linear(storage: str) -> Callable[[Tensor, Mapping[str, Tensor], Scheme, Tensor | None], Tensor]:
+    """The function that multiplies with a state in `storage`; see `QuantizedTensor.to_state` for its tensors."""
 
-    Args:
-        inputs: [..., in], any floating type.
-        state: weight_packed, weight_shape, weight_scale, and what else `Scheme.state_spec` lists.
-        scheme: what the state means.
-        bias: [out] or None.
+    def run(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
+        """Multiplies.
 
-    Returns:
-        [..., out] in the inputs' type.
-    """
-    packed, in_features = state["weight_packed"], inputs.shape[-1]
-    shape = (packed.shape[0], in_features)
+        Args:
+            inputs: [..., in], any floating type.
+            state: what `Scheme.state_spec` lists for this storage.
+            scheme: what the state means.
+            bias: [out] or None.
 
-    def rows_of(rows: slice) -> Tensor:
-        return unpack_bits(packed[rows], scheme.grid.bits, in_features)
+        Returns:
+            [..., out] in the inputs' type.
+        """
+        stored, in_features = state[code_tensor(storage)], inputs.shape[-1]
 
-    return _tiled(inputs, rows_of, shape, state, scheme, bias)
+        def rows_of(rows: slice) -> Tensor:
+            return unpack_codes(stored[rows], scheme.grid, storage, in_features)
 
+        return _tiled(inputs, rows_of, (stored.shape[0], in_features), state, scheme, bias)
 
-def int_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, bias: Tensor | None) -> Tensor:
-    """Multiplies with an `int-quantized` state: weight int8 [out, in]; otherwise as `packed_linear`."""
-    weight = state["weight"]
-
-    def rows_of(rows: slice) -> Tensor:
-        return (weight[rows].to(torch.int16) + 128).to(torch.uint8)
-
-    return _tiled(inputs, rows_of, (weight.shape[0], weight.shape[1]), state, scheme, bias)
+    return run
 
 
 def _tiled(
@@ -69,7 +69,9 @@ def _tiled(
     bias: Tensor | None,
 ) -> Tensor:
     found = stored_shared(state, scheme, scheme.scale_shape(shape))
-    shared = Shared(scale=found.scale, zero_point=_zero_point(state, scheme, shape[0]), levels=found.levels)
+    zero_point = stored_zero_point(state, scheme, shape[0])
+    shared = Shared(scale=found.scale, zero_point=zero_point, levels=found.levels)
+    shared = shared.over(state["weight_global_scale"] if scheme.has_tensor_scale else None)
     remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
     wide = inputs.float()
     if scheme.activations is not None:
@@ -81,8 +83,6 @@ def _tiled(
     outputs = []
     for rows in row_tiles(*shape, TILE_WEIGHTS):
         weight = dequantize_rows(codes_of(rows), shared.rows(rows, scheme), scheme).float()
-        if scheme.has_tensor_scale:
-            weight *= state["weight_tensor_scale"]
         if remainder is not None and not isinstance(remainder, FactoredTensor):
             remainder.add_to_(weight, rows)
         outputs.append(linear(wide, weight, None if bias is None else bias[rows].float()))
@@ -90,14 +90,3 @@ def _tiled(
     if isinstance(remainder, FactoredTensor):
         product += remainder.multiply(wide)
     return product.to(inputs.dtype)
-
-
-def _zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features: int) -> Tensor | None:
-    """Zero points as uint8 codes [out, groups] (or [1, 1]); they are few, so all rows at once."""
-    if not scheme.zero_point:
-        return None
-    stored = state["weight_zero_point"]
-    if stored.dtype == torch.int32:
-        return unpack_bits(stored, scheme.grid.bits, out_features, axis=0)
-    codes = stored.to(torch.int16).add_(2 ** (scheme.grid.bits - 1)).to(torch.uint8)
-    return codes.reshape(1, 1) if scheme.granularity == "tensor" else codes

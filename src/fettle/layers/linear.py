@@ -1,4 +1,4 @@
-"""A linear that keeps its weight as stored: packed codes, scales, zero points.
+"""A linear that keeps its weight as stored: packed codes, scales, zero points; or a mask and what stayed.
 
 The buffers have the names of the file (`weight_packed`, `weight_scale`, …), so `state_dict` is what a checkpoint holds.
 The product goes through `kernels.find`; nothing keeps a dense copy.
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fettle.kernels import explain, find
-from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight, WeightScheme, kernel_format, weight_from_state
 
 
 class QuantizedLinear(nn.Module):
@@ -23,12 +22,12 @@ class QuantizedLinear(nn.Module):
         in_features: columns of the weight.
         out_features: rows of the weight.
         scheme: what the buffers mean.
-        storage: how they are laid out, "pack-quantized" or "int-quantized".
+        storage: how they are laid out, "pack-quantized", "int-quantized" or "masked".
         bias: [out] or None; a parameter, as in `nn.Linear`.
     """
 
     def __init__(
-        self, state: dict[str, Tensor], shape: tuple[int, int], scheme: Scheme, storage: str, bias: Tensor | None
+        self, state: dict[str, Tensor], shape: tuple[int, int], scheme: WeightScheme, storage: str, bias: Tensor | None
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
@@ -41,7 +40,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, quantized: QuantizedTensor, bias: Tensor | None = None, storage: str = "pack-quantized"
+        cls, quantized: CompressedWeight, bias: Tensor | None = None, storage: str = "pack-quantized"
     ) -> QuantizedLinear:
         """A linear with this weight [out, in]; packs the codes.
 
@@ -51,9 +50,9 @@ class QuantizedLinear(nn.Module):
         return cls(quantized.to_state(storage), quantized.shape, quantized.scheme, storage, bias)
 
     @property
-    def quantized(self) -> QuantizedTensor:
-        """The weight with its codes unpacked."""
-        return QuantizedTensor.from_state(self._state(), self.scheme, self.storage)
+    def quantized(self) -> CompressedWeight:
+        """The weight with its codes or its mask unpacked."""
+        return weight_from_state(self._state(), self.scheme, self.storage)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, a fresh [out, in]."""
@@ -61,7 +60,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] → [..., out], in the inputs' type."""
-        kernel = find("linear", self.storage, inputs.device.type)
+        kernel = find("linear", kernel_format(self.scheme, self.storage), inputs.device.type)
         return kernel.run(inputs, self._state(), self.scheme, self.bias)
 
     def extra_repr(self) -> str:
@@ -69,7 +68,7 @@ class QuantizedLinear(nn.Module):
         device = self.get_buffer(self._names[0]).device.type
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.scheme.describe()}; {explain('linear', self.storage, device)}"
+            f"{self.scheme.describe()}; {explain('linear', kernel_format(self.scheme, self.storage), device)}"
         )
 
     def _state(self) -> dict[str, Tensor]:

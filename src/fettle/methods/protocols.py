@@ -8,18 +8,21 @@ a pure function on tensors.
     SettledMethod  the weight → the same MatrixMethod with a scheme for it
     Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
     Rescaler       what a MatrixMethod may bring along: weights that read the same inputs → factors for those inputs
+    BasisMethod     for the whole model, before all others: other coordinates, the same function
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from fettle.tensors.activations import InputScale
-from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.orthogonal import Orthogonal
+from fettle.tensors.weights import CompressedWeight, WeightScheme
+
+Codes = TypeVar("Codes", bound=CompressedWeight)
 
 
 class MatrixMethod(Protocol):
@@ -30,7 +33,8 @@ class MatrixMethod(Protocol):
         title: a few words for people.
         source: the paper.
         statistics: names from `methods.statistics.STATISTICS` that `compress` may use; `needs` says which it wants.
-        objective: what it minimises: "weight_error" (‖W - V‖²) or "output_error" (tr(ΔGΔᵀ), Δ = W - V).
+        objective: what it minimises: "weight_error" (‖W - V‖²) or "output_error" (tr(ΔGΔᵀ), Δ = W - V), or
+            "first_order" (Σ |w·g| over what is pruned).
         __dataclass_fields__: the recipe keys, as `dataclasses.fields` lists them.
     """
 
@@ -49,11 +53,11 @@ class MatrixMethod(Protocol):
         """Checks what the fields' own types and bounds cannot say; RecipeError where they do not fit together."""
         ...
 
-    def scheme(self, dtype: str) -> Scheme:
+    def scheme(self, dtype: str) -> WeightScheme:
         """How the result is stored; `dtype` is the model's own ("bfloat16"), for fields left to "auto"."""
         ...
 
-    def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
+    def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> CompressedWeight:
         """Compresses weight [out, in]; touches neither it nor the statistics.
 
         Raises:
@@ -92,12 +96,12 @@ class BlockView(Protocol):
         ...
 
 
-class Tuner(Protocol):
-    """Improves the codes of several linears of one block together. Frozen, so that equal ones work on one set."""
+class Tuner(Protocol[Codes]):
+    """Improves the codes of several linears of one block together; it is given those of its own method. Frozen, so that
+    equal ones work on one set.
+    """
 
-    def tune(
-        self, start: Mapping[str, QuantizedTensor], weights: Mapping[str, Tensor], block: BlockView
-    ) -> dict[str, QuantizedTensor]:
+    def tune(self, start: Mapping[str, Codes], weights: Mapping[str, Tensor], block: BlockView) -> dict[str, Codes]:
         """Codes for the same linears in the same schemes, with no larger error on the windows held back.
 
         Args:
@@ -112,8 +116,8 @@ class Tuner(Protocol):
 class BlockMethod(Protocol):
     """A MatrixMethod whose codes a tuner improves once all linears of the block have some."""
 
-    def tuner(self) -> Tuner:
-        """The tuner with this method's options."""
+    def tuner(self) -> Tuner[Any] | None:
+        """The tuner with this method's options; None where they turn it off."""
         ...
 
 
@@ -173,4 +177,33 @@ class RescalingMethod(Protocol):
 
     def rescaler(self) -> Rescaler:
         """The rescaler with this method's options."""
+        ...
+
+
+class BasisMethod(Protocol):
+    """Puts the whole model into other coordinates before any matrix is compressed; its function stays. Frozen, as a
+    MatrixMethod is, with the same attributes.
+
+    Attributes:
+        switch: the flag that asks for it beside other methods, without its dashes.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    statistics: ClassVar[tuple[str, ...]]
+    objective: ClassVar[str]
+    switch: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def validate(self) -> None:
+        """As a MatrixMethod's."""
+        ...
+
+    def residual_map(self, width: int, *, centred: bool) -> Orthogonal | None:
+        """R for a residual stream of this width, which leaves the ones where they are if `centred`; None: it stays."""
+        ...
+
+    def head_map(self, head_dim: int, block: int) -> Orthogonal | None:
+        """R for the values of each head of a block; None: they stay."""
         ...

@@ -1,7 +1,8 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py` or `methods/factor/__init__.py`; one that
-gives the whole model another shape, in `methods/reshape/__init__.py`.
+A method is registered by its import line in `methods/quantize/__init__.py`, `methods/prune/__init__.py` or
+`methods/factor/__init__.py`; one that gives the whole model another shape, in `methods/reshape/__init__.py`. `METHODS`
+compress one matrix each, `MODEL_METHODS` reshape the model; `BASES` put the whole model into other coordinates.
 """
 
 from __future__ import annotations
@@ -11,35 +12,29 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import factor, quantize, reshape
-from fettle.methods.protocols import MatrixMethod, SettledMethod
+from fettle.methods import factor, prune, quantize, reshape
+from fettle.methods.protocols import BasisMethod, MatrixMethod, SettledMethod
 from fettle.methods.reshape.subject import ModelMethod
 
 Method = MatrixMethod | ModelMethod
+AnyMethod = TypeVar("AnyMethod", bound=MatrixMethod | ModelMethod | BasisMethod)
 
 
-def _as_method(value: Any) -> type[MatrixMethod] | None:
-    """`value` if it is a method's class: what the package imports beside them is none."""
-    found = isinstance(value, type) and dataclasses.is_dataclass(value) and hasattr(value, "compress")
-    return typing.cast(type[MatrixMethod], value) if found else None
+def _classes(verb: str, *rooms: types.ModuleType) -> dict[str, Any]:
+    """The methods of these packages that can do `verb`, by name: what a package imports beside them is none."""
+    held = (value for room in rooms for value in vars(room).values())
+    found = (value for value in held if isinstance(value, type) and hasattr(value, verb))
+    classes: list[Any] = [value for value in found if dataclasses.is_dataclass(value)]
+    return {cls.name: cls for cls in classes}
 
 
-def _as_reshaping(value: Any) -> type[ModelMethod] | None:
-    """`value` if it is the class of a method that reshapes a model."""
-    found = isinstance(value, type) and dataclasses.is_dataclass(value) and hasattr(value, "reshape")
-    return typing.cast(type[ModelMethod], value) if found else None
-
-
-METHODS: dict[str, type[MatrixMethod]] = {
-    cls.name: cls for room in (quantize, factor) for cls in map(_as_method, vars(room).values()) if cls is not None
-}
-MODEL_METHODS: dict[str, type[ModelMethod]] = {
-    cls.name: cls for cls in map(_as_reshaping, vars(reshape).values()) if cls is not None
-}
+METHODS: dict[str, type[MatrixMethod]] = _classes("compress", quantize, prune, factor)
+MODEL_METHODS: dict[str, type[ModelMethod]] = _classes("reshape", reshape)
 EVERY_METHOD: dict[str, type[Method]] = {**METHODS, **MODEL_METHODS}
+BASES: dict[str, type[BasisMethod]] = _classes("residual_map", quantize)
 
 
 def get(name: str) -> type[Method]:
@@ -48,6 +43,11 @@ def get(name: str) -> type[Method]:
     Raises:
         RecipeError: there is none; offers the nearest spelling.
     """
+    if name in BASES:
+        raise RecipeError(
+            f"{name} is for the whole model and compresses no linear by itself; make it the first step of a recipe "
+            f"(- method: {name}), or give --{BASES[name].switch} beside --method"
+        )
     if name not in EVERY_METHOD:
         raise RecipeError(unknown_word("method", name, EVERY_METHOD))
     return EVERY_METHOD[name]
@@ -85,11 +85,19 @@ def from_fields(name: str, mapping: Mapping[str, Any]) -> Method:
     Raises:
         RecipeError: an unknown method or field (with the nearest spelling), or a value that cannot be.
     """
-    cls = get(name)
+    return _from_fields(get(name), mapping)
+
+
+def basis_from_fields(name: str, mapping: Mapping[str, Any]) -> BasisMethod:
+    """The same of a method for the whole model; `name` is one of `BASES`."""
+    return _from_fields(BASES[name], mapping)
+
+
+def _from_fields(cls: type[AnyMethod], mapping: Mapping[str, Any]) -> AnyMethod:
     fields = [field.name for field in dataclasses.fields(cls)]
     for key in mapping:
         if key not in fields:
-            raise RecipeError(unknown_word(f"field of the method {name}", str(key), fields))
+            raise RecipeError(unknown_word(f"field of the method {cls.name}", str(key), fields))
     hints = get_type_hints(cls)
     method = cls(**{key: _plain(value, hints[key]) for key, value in mapping.items()})
     validate(method)
@@ -101,12 +109,12 @@ def _plain(value: Any, hint: Any) -> Any:
     return None if value == "none" and _fits(None, hint) and not _fits(value, hint) else value
 
 
-def to_fields(method: Method) -> dict[str, Any]:
+def to_fields(method: Method | BasisMethod) -> dict[str, Any]:
     """Every field with its value: what `from_fields` reads back to an equal method."""
     return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
 
 
-def validate(method: Method) -> None:
+def validate(method: Method | BasisMethod) -> None:
     """Checks every field's type and bounds, then what the method itself asks.
 
     Raises:

@@ -6,6 +6,10 @@
     drift   (original inputs - inputs)ᵀ·inputs [in, in]: how far compressed blocks before this one moved its inputs.
     absolute_mean, absolute_maximum
             mean and maximum of |inputs| [in]: how strongly each channel is driven, and its outliers.
+    squared_norm    sum of inputs² [in]: the gram's diagonal without the rest.
+    active_share    share of tokens on which |input| is above the token's own mean [in].
+    gradient        mean |∂loss/∂weight| [out, in]: the one that is the weight's and not its inputs'; what runs the
+                    original backwards collects it (`pipeline/loss_gradients.py`).
 
 The gram is summed in float32, one window after the other, by tiles of 512 x 512 of its lower triangle; the tiles are
 independent and run side by side, so 1 and 2 threads give the same bits. The upper triangle is copied at the end.
@@ -221,6 +225,35 @@ class AbsoluteMaximum(AbsoluteMean):
         return state.total.float()
 
 
+class SquaredNorm(AbsoluteMean):
+    """Sum of inputs², float32 [in]."""
+
+    name: ClassVar[str] = "squared_norm"
+
+    def add_(self, state: ChannelState, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Adds windows of inputs [tokens, in], in their order."""
+        for window in inputs:
+            state.total += window.detach().float().square().sum(0, dtype=torch.float64)
+            state.tokens += len(window)
+
+    def finish(self, state: ChannelState) -> Tensor:
+        """The sum."""
+        return state.total.float()
+
+
+class ActiveShare(AbsoluteMean):
+    """Share of tokens on which |input| is above the mean of that token's |inputs|, float32 [in]."""
+
+    name: ClassVar[str] = "active_share"
+
+    def add_(self, state: ChannelState, inputs: Sequence[Tensor], workers: Workers) -> None:
+        """Counts in windows of inputs [tokens, in]."""
+        for window in inputs:
+            size = window.detach().float().abs()
+            state.total += (size > size.mean(1, keepdim=True)).sum(0)
+            state.tokens += len(window)
+
+
 class InputRange:
     """A histogram of the inputs with their ends, as `Histogram.to_tensor` packs it; a few thousand numbers."""
 
@@ -252,5 +285,7 @@ class InputRange:
 
 
 STATISTICS: dict[str, Statistic] = {
-    kind.name: kind for kind in (Gram(), Drift(), AbsoluteMean(), AbsoluteMaximum(), InputRange())
+    kind.name: kind
+    for kind in (Gram(), Drift(), AbsoluteMean(), AbsoluteMaximum(), SquaredNorm(), ActiveShare(), InputRange())
 }
+OF_THE_WEIGHT = frozenset({"gradient"})  # declared like the others, and not collected from inputs

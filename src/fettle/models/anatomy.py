@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fettle.errors import CheckpointError
@@ -25,7 +26,7 @@ from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import DIMENSIONS, Family, Row, find_family
 from fettle.models.generic import read_generic
 from fettle.models.parts import Anatomy, Block, Feed, Linear, Slot
-from fettle.models.sources import Source
+from fettle.models.sources import Residual, Source
 
 __all__ = ["Anatomy", "Block", "Feed", "Linear", "Slot", "read_anatomy"]
 
@@ -158,7 +159,16 @@ class _Reader:
             causal=self.family.causal,
             parameters={name: self._parameter(name) for name in self.checkpoint.entries},
             blocks_return_tuple=self.family.blocks_return_tuple,
+            residual=self._residual(),
         )
+
+    def _residual(self) -> Residual | None:
+        """The family's, with the names that this checkpoint has."""
+        found = self.family.residual
+        if found is None:
+            return None
+        tables = tuple(self.disk_prefix + table for table in found.tables)
+        return replace(found, final=self.disk_prefix + found.final, tables=tables)
 
     def _parameter(self, name: str) -> str:
         """The transformers parameter that holds checkpoint tensor `name`."""
@@ -228,6 +238,7 @@ class _Reader:
             self._check(f"{name}.bias", (out,))
         parameter = self._parameter(f"{name}.weight") if row.parameter is None else f"{module}.{row.parameter}"
         rows = None if row.half is None else (row.half * out, (row.half + 1) * out)
+        norm = self.family.residual.norm_of(row.role) if self.family.residual is not None else None
         return Linear(
             name=name,
             weight_name=f"{name}.weight",
@@ -237,6 +248,7 @@ class _Reader:
             slot=Slot(parameter, expert, rows, transposed),
             input_group=disk + row.reads.replace("{e}", str(expert)),
             expert=expert,
+            norm=None if norm is None else disk + norm,
         )
 
     def _embedding(self) -> Linear:
@@ -251,13 +263,20 @@ class _Reader:
         if family.head is None or self.architecture == family.base_class:
             return None, False
         own = f"{family.head}.weight"
-        on_disk = any(name in self.checkpoint.entries for name in (own, f"{family.head}.weight_packed"))
+        on_disk = any(name in self.checkpoint.entries for name in (own, *coded_names(family.head)))
         tied = bool(self.checkpoint.config.get("tie_word_embeddings", family.tied_by_default)) and not on_disk
         if not tied:
             self._check(own, embedding.shape)
         weight_name = embedding.weight_name if tied else own
         slot = Slot(family.head_parameter)
-        return Linear(family.head, weight_name, "head", None, embedding.shape, slot, f"{family.head}.inputs"), tied
+        norm = None if family.residual is None else self.disk_prefix + family.residual.final
+        inputs = f"{family.head}.inputs"
+        return Linear(family.head, weight_name, "head", None, embedding.shape, slot, inputs, norm=norm), tied
+
+
+def coded_names(stem: str) -> tuple[str, str]:
+    """The tensors of which one is there where a matrix is stored as codes, or pruned."""
+    return f"{stem}.weight_packed", f"{stem}.weight_values"
 
 
 def shape_problem(checkpoint: Checkpoint, name: str, shape: tuple[int | None, ...]) -> str | None:
@@ -276,5 +295,7 @@ def shape_problem(checkpoint: Checkpoint, name: str, shape: tuple[int | None, ..
         )
         return None if fits else f"{name!r} has shape {list(found)}, expected {[e or '*' for e in shape]}"
     if f"{stem}.weight_packed" in entries and any(f"{stem}.{n}" in entries for n in ("weight_scale", "weight_levels")):
+        return None
+    if f"{stem}.weight_values" in entries:  # pruned
         return None
     return f"{name!r} is missing"

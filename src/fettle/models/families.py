@@ -10,7 +10,8 @@ stands for an expert's number. `reads` is the key of the activations it multipli
 statistics. `shape` is [out, in] in symbols (`q`: query heads × head size, `kv`: key-value heads × head size).
 `parameter` is where transformers 5 holds it when that is another place: experts live in one 3-D parameter, gate and up
 stacked in its halves. `bias` is the key of config.json that says whether it has a bias, and what holds where it is
-silent. `sources` says what gives out the inputs of which rows, so that a method may move a factor between them.
+silent. `sources` says what gives out the inputs of which rows, so that a method may move a factor between them;
+`residual` where the residual stream is read, so that it may be rotated.
 
 A new family costs one `Family(...)` below and one line in the parity test.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fettle.errors import UnknownFamilyError, unknown_word
-from fettle.models.sources import OF_ATTENTION, OF_GATED_MLP, Source, norm, values
+from fettle.models.sources import GPT_RESIDUAL, OF_ATTENTION, OF_GATED_MLP, PRE_NORM, Residual, Source, norm, values
 
 #: symbol → the keys of config.json that give it, first found wins. Products and defaults are in anatomy.py.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -74,6 +75,7 @@ class Family:
     default_head_dim: int | None = None
     blocks_return_tuple: bool = False
     sources: tuple[Source, ...] = ()
+    residual: Residual | None = None  # None: nobody looked, so it is not rotated
 
 
 _ALWAYS, _NEVER = ("", True), ("", False)
@@ -130,6 +132,7 @@ LLAMA = Family(
     rows=_attention(bias=_AS_ATTENTION_SAYS) + _gated_mlp(bias=_AS_MLP_SAYS),
     vectors=_TWO_NORMS,
     sources=OF_ATTENTION + OF_GATED_MLP,
+    residual=PRE_NORM,
 )
 MISTRAL = Family(
     name="mistral",
@@ -138,6 +141,7 @@ MISTRAL = Family(
     rows=_attention() + _gated_mlp(),
     vectors=_TWO_NORMS,
     sources=OF_ATTENTION + OF_GATED_MLP,
+    residual=PRE_NORM,
 )
 QWEN2 = Family(
     name="qwen2",
@@ -146,6 +150,7 @@ QWEN2 = Family(
     rows=_attention(bias=_ALWAYS, output_bias=_NEVER) + _gated_mlp(),
     vectors=_TWO_NORMS,
     sources=OF_ATTENTION + OF_GATED_MLP,
+    residual=PRE_NORM,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -155,6 +160,7 @@ QWEN3 = Family(
     vectors=_TWO_NORMS + _QK_NORMS,
     default_head_dim=128,
     sources=OF_ATTENTION + OF_GATED_MLP,
+    residual=PRE_NORM,
 )
 PHI3 = Family(
     name="phi3",
@@ -173,6 +179,7 @@ PHI3 = Family(
         norm("post_attention_layernorm", "mlp.gate_up"),
         Source(name="mlp.gate_up_proj", reads="mlp.down_proj", rows=("mlp", "mlp", "2mlp")),
     ),
+    residual=PRE_NORM,
 )
 GEMMA2 = Family(
     name="gemma2",
@@ -191,6 +198,9 @@ GEMMA2 = Family(
         values("self_attn.v_proj", "self_attn.o_proj"),
         norm("pre_feedforward_layernorm", "mlp.gate_up", 1.0),
         Source(name="mlp.up_proj", reads="mlp.down_proj"),
+    ),
+    residual=Residual(
+        refused="its norms behind attention and MLP multiply channel by channel what is added to the residual stream"
     ),
 )
 GPT2 = Family(
@@ -215,6 +225,7 @@ GPT2 = Family(
         values("attn.c_attn", "attn.c_proj", ("2hidden", "hidden", "3hidden")),
         norm("ln_2", "mlp.c_fc"),
     ),
+    residual=GPT_RESIDUAL,
 )
 GPT_NEO = Family(
     name="gpt_neo",
@@ -237,6 +248,7 @@ GPT_NEO = Family(
         values("attn.attention.v_proj", "attn.attention.out_proj"),
         norm("ln_2", "mlp.c_fc"),
     ),
+    residual=GPT_RESIDUAL,
 )
 GPT_NEOX = Family(
     name="gpt_neox",
@@ -272,6 +284,7 @@ GPT_NEOX = Family(
         values("attention.query_key_value", "attention.dense", ("2head_dim", "head_dim", "3head_dim")),
         norm("post_attention_layernorm", "mlp.dense_h_to_4h"),
     ),
+    residual=Residual(final="final_layer_norm", centred=True),
 )
 MIXTRAL = Family(
     name="mixtral",
@@ -284,6 +297,7 @@ MIXTRAL = Family(
         *OF_ATTENTION,
         Source(name="block_sparse_moe.experts.{e}.w3", reads="block_sparse_moe.experts.{e}.w2"),
     ),
+    residual=PRE_NORM,
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -299,6 +313,7 @@ QWEN3_MOE = Family(
         *OF_GATED_MLP,  # of the dense blocks: those of a mixture read their norm under other keys
         Source(name="mlp.experts.{e}.up_proj", reads="mlp.experts.{e}.down_proj"),
     ),
+    residual=PRE_NORM,
 )
 BERT = Family(
     name="bert",
@@ -343,6 +358,7 @@ BERT = Family(
     causal=False,
     tied_by_default=True,
     sources=(values("attention.self.value", "attention.output.dense"),),
+    residual=Residual(refused="its norms stand in the residual stream itself and multiply it channel by channel"),
 )
 
 FAMILIES: tuple[Family, ...] = (

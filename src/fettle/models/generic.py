@@ -82,7 +82,7 @@ def _block(checkpoint: Checkpoint, stem: str, index: int, names: list[str]) -> B
 
 
 def _module(name: str) -> str | None:
-    for suffix in (".weight", ".weight_packed"):
+    for suffix in (".weight", ".weight_packed", ".weight_values"):
         if name.endswith(suffix):
             return name.removesuffix(suffix)
     return None

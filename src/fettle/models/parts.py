@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fettle.errors import UsageError
+from fettle.models.sources import Residual
 
 #: tensor-name endings that together stand for one matrix stored as codes
 CODE_SUFFIXES = (
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale",
-    ".weight_levels", ".weight_tensor_scale",
+    ".weight_levels",
     ".weight_sparse_values", ".weight_sparse_columns", ".weight_sparse_offsets",
     ".weight_factor_left", ".weight_factor_right",
+    ".weight_mask", ".weight_mask_indices",
     ".input_scale", ".input_zero_point",
 )  # fmt: skip
 
@@ -39,6 +41,7 @@ class Linear:
     slot: Slot
     input_group: str
     expert: int | None = None
+    norm: str | None = None  # the norm through which it reads the residual stream, by its module's name on disk
 
     @property
     def parameters(self) -> int:
@@ -97,6 +100,7 @@ class Anatomy:
     causal: bool
     parameters: Mapping[str, str]  # checkpoint tensor → transformers parameter, for what is not a linear
     blocks_return_tuple: bool = False
+    residual: Residual | None = None  # its norm and tables by their names on disk; None: not known
 
     def linears(self) -> Iterator[Linear]:
         """The matrices of the blocks, in order; embedding and head are not among them."""

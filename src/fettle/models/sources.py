@@ -4,7 +4,8 @@
     linear → linear     rows / s          (and its bias),  columns of the linear behind it · s
 
 Both leave the model's function as it was, whatever the factors s. Methods that choose s are in `methods/quantize/`, and
-`pipeline/rescaling.py` moves the factors.
+`pipeline/rescaling.py` moves the factors. `Residual` says the same of the residual stream, which can be rotated as a
+whole (`rotated.py`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,38 @@ def values(name: str, reads: str, rows: tuple[str, str, str] | None = None) -> S
     """Attention's weighted mean keeps the channels of the values apart: each head's go to the output's columns."""
     return Source(name=name, reads=reads, rows=rows, heads=True)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """The residual stream: which norms stand between it and the matrices that read it.
+
+    Every matrix but those of the roles in `WRITERS` reads it, through one of these norms; those write to it.
+
+    Attributes:
+        attention: in front of query, key and value.
+        mlp: in front of gate and up, routers and experts.
+        final: behind the blocks, in front of the head; outside the blocks.
+        centred: whether the norms take the mean away first (LayerNorm).
+        tables: [anything, hidden], outside the blocks, whose rows are added to it: position embeddings.
+        refused: why it cannot be rotated; empty where it can.
+    """
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    final: str = "norm"
+    centred: bool = False
+    tables: tuple[str, ...] = ()
+    refused: str = ""
+
+    def norm_of(self, role: str) -> str | None:
+        """The norm through which matrices of this role read the stream; None for those that write to it."""
+        return None if role in WRITERS else self.attention if role in _READ_BY_ATTENTION else self.mlp
+
+
+WRITERS = frozenset({"output", "down", "expert_down"})
+_READ_BY_ATTENTION = frozenset({"query", "key", "value", "query_key_value"})
+PRE_NORM = Residual()  # Llama's, and of most families since
+GPT_RESIDUAL = Residual(attention="ln_1", mlp="ln_2", final="ln_f", centred=True, tables=("wpe.weight",))
 
 OF_ATTENTION = (norm("input_layernorm", "self_attn.qkv"), values("self_attn.v_proj", "self_attn.o_proj"))
 OF_GATED_MLP = (

@@ -123,8 +123,6 @@ class View(Checkpoint):
 
     base: Checkpoint = field(kw_only=True, repr=False)
     pieces: Mapping[str, Piece] = field(kw_only=True, repr=False)
-    side_files: Mapping[str, str] = field(default_factory=dict, kw_only=True, repr=False)  # name → text, instead of
-    # the base's file of that name: a tokenizer with fewer words
 
     @classmethod
     def of(
@@ -139,10 +137,9 @@ class View(Checkpoint):
         for name, piece in pieces.items():
             dtype, shape = piece.spec(base)
             entries[name] = TensorEntry(name, dtype, shape, base.shards[0], 0, dtype.itemsize * math.prod(shape))
-        inherited = base.side_files if isinstance(base, View) else {}
         return cls(
             base.folder, dict(config), entries, base.shards, None, base=base, pieces=dict(pieces),
-            side_files={**inherited, **(side_files or {})},
+            side_files={**base.side_files, **(side_files or {})},
         )  # fmt: skip
 
     def read(self, name: str) -> Tensor:

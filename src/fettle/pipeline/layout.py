@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fettle.errors import RecipeError
 from fettle.methods.protocols import BlockMethod, MatrixMethod, Rescaler, RescalingMethod, Tuner
+from fettle.methods.statistics import OF_THE_WEIGHT
 from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.storage import input_obstacle
 from fettle.models.writer import shard_bytes
+from fettle.pipeline.loss_gradients import refuse_without_gradient
+from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.remainder import TensorSpec
-from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import WeightScheme
 
 LARGE_TENSOR_BYTES = 64 * 2**20
 METADATA = {"format": "pt"}  # loaders ask for it
@@ -30,16 +34,21 @@ class Compression:
 
     linear: Linear
     method: MatrixMethod
-    scheme: Scheme
+    scheme: WeightScheme
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """What the method wants to know of this linear's inputs."""
-        wanted = self.method.needs()
+        wanted = tuple(kind for kind in self.method.needs() if kind not in OF_THE_WEIGHT)
         return (*wanted, "input_range") if self.scheme.has_input_scale else wanted
 
     @property
-    def tuner(self) -> Tuner | None:
+    def wants_gradient(self) -> bool:
+        """Whether the method looks at the gradient of the loss for this weight."""
+        return bool(OF_THE_WEIGHT.intersection(self.method.needs()))
+
+    @property
+    def tuner(self) -> Tuner[Any] | None:
         """What improves the codes of a whole block afterwards; None for most methods, and outside the blocks."""
         if self.linear.block is None or not isinstance(self.method, BlockMethod):
             return None
@@ -55,7 +64,7 @@ class Compression:
     @property
     def looks_at_data(self) -> bool:
         """Whether windows of text are needed."""
-        return bool(self.statistics) or self.tuner is not None or self.rescaler is not None
+        return bool(self.statistics) or self.wants_gradient or self.tuner is not None or self.rescaler is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,11 @@ class Layout:
     """All shards, in the order in which they are written."""
 
     units: tuple[Unit, ...]
-    storage: str
+    storage: str  # the recipe's; small floats have their own
+
+    def storage_of(self, item: Compression) -> str:
+        """How the codes of a compressed linear lie in the file."""
+        return item.scheme.storage_for(item.linear.shape, self.storage)
 
     @property
     def bytes(self) -> int:
@@ -105,7 +118,10 @@ def build_layout(
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     compressed = {c.linear.weight_name: c for c in compressions(anatomy, assigned, dtype)}
     for item in compressed.values():
-        item.scheme.check_storage(storage)
+        item.scheme.check_storage(item.scheme.storage_for(item.linear.shape, storage))
+        _check_mask(item, anatomy, assigned)
+        if item.wants_gradient:
+            refuse_without_gradient(item.linear, anatomy, item.method.name)
         obstacle = input_obstacle(item.linear) if item.scheme.activations is not None else None
         if obstacle:
             raise RecipeError(f"inputs cannot be quantized: {obstacle}; leave it out with where:, or activations: none")
@@ -125,8 +141,10 @@ def build_layout(
         kept = tuple(name for name in names if name not in compressed)
         specs: dict[str, TensorSpec] = {n: (checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in kept}
         for item in chosen:
-            for local, spec in item.scheme.state_spec(item.linear.shape, storage).items():
-                specs[f"{item.linear.name}.{local}"] = spec
+            chosen_storage = item.scheme.storage_for(item.linear.shape, storage)
+            turned = storage == "dense" and item.linear.slot.transposed
+            for local, (kind, shape) in item.scheme.state_spec(item.linear.shape, chosen_storage).items():
+                specs[f"{item.linear.name}.{local}"] = (kind, shape[::-1] if turned else shape)
         shard = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
         units.append(
             Unit(
@@ -135,6 +153,22 @@ def build_layout(
             )
         )  # fmt: skip
     return Layout(units=tuple(units), storage=storage)
+
+
+def _check_mask(item: Compression, anatomy: Anatomy, assigned: Mapping[str, MatrixMethod]) -> None:
+    """Raises RecipeError for a pattern that does not divide a weight, and for a tied matrix pruned on one side."""
+    if not isinstance(item.scheme, MaskedScheme):
+        return
+    try:
+        item.scheme.shape_of_mask.check_shape(item.linear.shape)
+    except RecipeError as error:
+        raise RecipeError(f"{item.linear.name}: {error}") from None
+    sides = [linear.name for linear in (anatomy.embedding, anatomy.head) if linear is not None]
+    if anatomy.tied and item.linear.name in sides and any(name not in assigned for name in sides):
+        raise RecipeError(
+            f"{' and '.join(sides)} are one matrix, and the recipe prunes one side of it: both would lose the weights. "
+            "Name both, as in where: {role: [embedding, head]}, or leave it out"
+        )
 
 
 def compressions(anatomy: Anatomy, assigned: Mapping[str, MatrixMethod], dtype: str) -> list[Compression]:

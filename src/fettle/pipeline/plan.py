@@ -81,7 +81,7 @@ def plan_run(run: Run, progress: Progress, folder: Path | None = None) -> Plan:
     for item in layout.compressions:
         schemes[item.scheme.describe()] = schemes.get(item.scheme.describe(), 0) + 1
     weights = sum(item.linear.shape[0] * item.linear.shape[1] for item in layout.compressions)
-    stored = sum(item.scheme.stored_bytes(item.linear.shape, layout.storage) for item in layout.compressions)
+    stored = sum(item.scheme.stored_bytes(item.linear.shape, layout.storage_of(item)) for item in layout.compressions)
     return Plan(
         model=run.model,
         recipe=run.recipe.name,

@@ -14,14 +14,15 @@ stands before the steps that compress linears, which then see the new shape.
 A step without `where` means every linear of the blocks except routers: a quantized router sends tokens to the wrong
 experts and saves nothing. Embeddings and the head are touched only by a step that names them. Where several steps match
 one linear, the last one wins.
+
+A step that puts the whole model into other coordinates (`- method: rotation`) stands before all that compress, once and
+without `where`: the steps behind it see the model as it leaves it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -30,34 +31,17 @@ import yaml
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
-from fettle.methods.protocols import LabelledMethod, MatrixMethod
+from fettle.methods.protocols import BasisMethod, LabelledMethod, MatrixMethod
 from fettle.methods.registry import Method
 from fettle.methods.reshape.subject import ModelMethod
-from fettle.models.anatomy import Anatomy, Linear
+from fettle.models.anatomy import Anatomy
+from fettle.pipeline.recipe_yaml import load_yaml, refuse_unknown
+from fettle.pipeline.where import Where, parse_where
+from fettle.tensors.masked import MaskedScheme
+from fettle.tensors.scheme import Scheme
 
-Storage = Literal["pack-quantized", "int-quantized"]
-NAMED_ONLY = frozenset({"embedding", "head", "router"})  # roles that a step must name to touch them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Which linears a step touches; every given condition must hold."""
-
-    role: tuple[str, ...] | None = field(default=None, metadata={"help": "roles, such as query or down"})
-    blocks: str | None = field(default=None, metadata={"help": "blocks, such as 0-3,-1"})
-    name: str | None = field(default=None, metadata={"help": "glob over names, such as *.mlp.*"})
-
-    def matches(self, linear: Linear, block_count: int) -> bool:
-        """Whether the step touches this linear of a model with `block_count` blocks."""
-        if self.role is None and linear.role in NAMED_ONLY and not (self.name and linear.name == self.name):
-            return False
-        if self.role is not None and linear.role not in self.role:
-            return False
-        if self.blocks is not None and (
-            linear.block is None or linear.block not in parse_blocks(self.blocks, block_count)
-        ):
-            return False
-        return self.name is None or fnmatch.fnmatchcase(linear.name, self.name)
+Storage = Literal["pack-quantized", "int-quantized", "dense"]  # dense: pruned weights alone, zeros written out
+Allocation = Literal["uniform", "global", "sensitivity", "outliers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +70,18 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An ordered list of steps, the calibration and the storage format."""
+    """An ordered list of steps, the calibration and the storage format.
+
+    `allocation` says how the share that a single pruning step prunes is spread over its linears; `search/allocation.py`
+    turns any but "uniform" into a recipe with a step for each linear before a run is prepared.
+    """
 
     name: str
     steps: tuple[Step, ...]
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     storage: Storage = "pack-quantized"
+    allocation: Allocation = "uniform"
+    basis: BasisMethod | None = None  # what the whole model passes through before the steps that compress
 
     @property
     def reshaping(self) -> tuple[ModelMethod, ...]:
@@ -103,21 +93,24 @@ class Recipe:
         """The steps that compress linears: number in the recipe, from 1, method and where."""
         return tuple(
             (number, cast(MatrixMethod, step.method), step.where)
-            for number, step in enumerate(self.steps, start=1)
+            for number, step in enumerate(self.steps, start=1 if self.basis is None else 2)
             if not registry.reshapes(step.method)
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse_recipe` reads back to an equal recipe."""
-        steps = []
+        steps: list[dict[str, Any]] = []
         for step in self.steps:
             where = {k: v for k, v in dataclasses.asdict(step.where).items() if v is not None}
             if "role" in where:
                 where["role"] = list(where["role"])
             entry: dict[str, Any] = {"method": step.method.name, **registry.to_fields(step.method)}
             steps.append({**entry, "where": where} if where else entry)
+        if self.basis is not None:  # behind the steps that reshape, before those that compress
+            steps.insert(len(self.reshaping), {"method": self.basis.name, **registry.to_fields(self.basis)})
         calibration = {k: v for k, v in dataclasses.asdict(self.calibration).items() if v is not None}
-        return {"name": self.name, "calibration": calibration, "storage": self.storage, "steps": steps}
+        spread = {} if self.allocation == "uniform" else {"allocation": self.allocation}
+        return {"name": self.name, "calibration": calibration, "storage": self.storage, **spread, "steps": steps}
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every default spelled out."""
@@ -139,29 +132,10 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
             f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
     try:
-        return parse_recipe(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
+        return parse_recipe(load_yaml(path.read_text(encoding="utf-8")), str(path))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
         raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types, without what would pass unnoticed: a key that stands twice, half a character."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        text = str(super().construct_scalar(node))
-        text.encode("utf-8")  # refuses half of a character, which an escape can spell
-        return text
 
 
 def shipped_recipes() -> list[Path]:
@@ -177,31 +151,64 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     """
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: a recipe is a mapping with the key 'steps', got {type(mapping).__name__}")
-    _refuse_unknown(mapping, ("name", "calibration", "storage", "steps"), origin, "recipe key")
+    refuse_unknown(mapping, ("name", "calibration", "storage", "allocation", "steps"), origin, "recipe key")
     steps = mapping.get("steps")
     if not isinstance(steps, list) or not steps:
         raise RecipeError(f"{origin}: 'steps' must be a list with at least one step, got {steps!r}")
     storage = mapping.get("storage", "pack-quantized")
     if storage not in get_args(Storage):
         raise RecipeError(f"{origin}: {unknown_word('storage', str(storage), get_args(Storage))}")
+    place, basis = _parse_basis(steps, origin)
+    allocation = mapping.get("allocation", "uniform")
+    if allocation not in get_args(Allocation):
+        raise RecipeError(f"{origin}: {unknown_word('allocation', str(allocation), get_args(Allocation))}")
     recipe = Recipe(
         name=str(mapping.get("name", Path(origin).stem)),
-        steps=tuple(_parse_step(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps)),
+        basis=basis,
+        steps=tuple(_parse_step(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps) if i != place),
         calibration=_parse_calibration(mapping.get("calibration") or {}, origin),
         storage=storage,
+        allocation=allocation,
     )
-    _check_order(recipe, origin)
-    if storage == "int-quantized":
-        for _, method, _ in recipe.compressing:
-            try:
-                method.scheme("float32").check_storage(storage)
-            except RecipeError as error:
-                raise RecipeError(f"{origin}: {error}") from None
+    check_recipe(recipe, origin)
     return recipe
 
 
+def check_recipe(recipe: Recipe, origin: str) -> None:
+    """Checks that storage, allocation, basis and steps fit together, and that the steps' order is possible.
+
+    Raises:
+        RecipeError: they do not.
+    """
+    _check_order(recipe, origin)
+    schemes = [(method.name, method.scheme("float32")) for _, method, _ in recipe.compressing]
+    for name, scheme in schemes:
+        if recipe.storage == "dense" and not isinstance(scheme, MaskedScheme):
+            raise RecipeError(
+                f"{origin}: storage dense writes pruned weights out with their zeros, and {name} gives codes; use "
+                "storage: pack-quantized, or a method that prunes"
+            )
+        if recipe.storage == "int-quantized":
+            try:
+                scheme.check_storage(recipe.storage)
+            except RecipeError as error:
+                raise RecipeError(f"{origin}: {error}") from None
+    if recipe.allocation == "uniform":
+        return
+    if len(schemes) != 1 or not isinstance(schemes[0][1], MaskedScheme) or schemes[0][1].shape_of_mask.fixed_sparsity:
+        raise RecipeError(
+            f"{origin}: allocation {recipe.allocation} spreads the sparsity of one pruning step over its linears; give "
+            "one step, with the pattern layer, row or a block, or use allocation: uniform"
+        )
+
+
 def _check_order(recipe: Recipe, origin: str) -> None:
-    """Raises RecipeError for a reshaping step behind one that compresses, or with a `where`."""
+    """Raises RecipeError for a reshaping step behind one that compresses or with a `where`; a basis for nothing."""
+    if recipe.basis is not None and not recipe.compressing:
+        raise RecipeError(
+            f"{origin}: {recipe.basis.name} alone makes nothing smaller; add a step that compresses, such as: - "
+            "method: gptq"
+        )
     for before, step in zip((None, *recipe.steps), recipe.steps, strict=False):
         if not registry.reshapes(step.method):
             continue
@@ -222,15 +229,34 @@ def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: Calibr
     if registry.reshapes(method):
         return Recipe(name=method.label(), steps=(Step(method=method),), calibration=checked)
     method = cast(MatrixMethod, method)
-    bits = method.scheme("float32").grid.bits
-    title = method.label() if isinstance(method, LabelledMethod) else f"{method.name}-{bits}bit"
+    title = method.label() if isinstance(method, LabelledMethod) else _title(method)
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
+
+
+def with_basis(recipe: Recipe, basis: BasisMethod) -> Recipe:
+    """The recipe with `basis` before its steps; RecipeError where it has one already."""
+    if recipe.basis is not None:
+        raise RecipeError(f"the recipe {recipe.name} has a step {recipe.basis.name} already; leave out --rotate")
+    found = dataclasses.replace(recipe, basis=basis, name=f"{basis.name}-{recipe.name}")
+    check_recipe(found, recipe.name)
+    return found
+
+
+def _title(method: MatrixMethod) -> str:
+    """A name for a recipe of one method: gptq-4bit, wanda-50%, sparsegpt-2:4-4bit."""
+    scheme = method.scheme("float32")
+    if not isinstance(scheme, MaskedScheme):
+        return f"{method.name}-{scheme.bits}bit"
+    pruned = scheme.pattern if scheme.shape_of_mask.fixed_sparsity else f"{100 * scheme.sparsity:g}%"
+    return f"{method.name}-{pruned}" + (f"-{scheme.values.grid.bits}bit" if scheme.values is not None else "")
 
 
 def _usual_storage(method: MatrixMethod) -> Storage:
     """Integers to multiply with integers lie unpacked, as loaders of quantized inputs expect them."""
     scheme = method.scheme("float32")
-    whole = scheme.activations is not None and scheme.grid.is_uniform and scheme.grid.bits == 8
+    if not isinstance(scheme, Scheme):
+        return "pack-quantized"
+    whole = scheme.activations is not None and scheme.grid.is_uniform and scheme.bits == 8
     return "int-quantized" if whole else "pack-quantized"
 
 
@@ -258,23 +284,31 @@ def assign(recipe: Recipe, anatomy: Anatomy) -> dict[str, MatrixMethod]:
     return assigned
 
 
-def parse_blocks(text: str, block_count: int | None) -> set[int]:
-    """The block indices that "0-3,-1" means in a model with `block_count` blocks; None checks the form alone."""
-    chosen: set[int] = set()
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(?:(-?\d{1,6})|(\d{1,6})-(-?\d{1,6}))\s*", part)
-        if match is None:
+def _parse_basis(steps: list[Any], origin: str) -> tuple[int | None, BasisMethod | None]:
+    """The method for the whole model, and which step it is; RecipeError where it stands elsewhere than first, steps
+    that reshape aside.
+    """
+    names = [step.get("method") if isinstance(step, Mapping) else None for step in steps]
+    place = next((i for i, name in enumerate(names) if name not in registry.MODEL_METHODS), len(names))
+    for number, name in enumerate(names, start=1):
+        if name in registry.BASES and number - 1 != place:
             raise RecipeError(
-                f"blocks {text!r} is no list of blocks; write indices and ranges such as 0-3,7,-1 (-1 is the last)"
+                f"{origin}, step {number}: {name} is for the whole model, before anything is compressed; make it the "
+                "first step, behind those alone that reshape the model, and the only one of its kind"
             )
-        low, high = (int(match[1]), int(match[1])) if match[1] else (int(match[2]), int(match[3]))
-        if block_count is None:
-            continue
-        low, high = (index + block_count if index < 0 else index for index in (low, high))
-        if not 0 <= low <= high < block_count:
-            raise RecipeError(f"blocks {text!r}: {part.strip()} is outside 0 to {block_count - 1}")
-        chosen.update(range(low, high + 1))
-    return chosen
+    if place == len(names) or names[place] not in registry.BASES:
+        return None, None
+    where = f"{origin}, step {place + 1}"
+    if "where" in steps[place]:
+        raise RecipeError(
+            f"{where}: {names[place]} is for the whole model, all linears at once: leave out 'where' there; the "
+            "steps behind it may have one"
+        )
+    try:
+        fields = {key: value for key, value in steps[place].items() if key != "method"}
+        return place, registry.basis_from_fields(str(names[place]), fields)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _parse_step(mapping: Any, origin: str) -> Step:
@@ -285,28 +319,14 @@ def _parse_step(mapping: Any, origin: str) -> Step:
         method = registry.from_fields(str(mapping["method"]), fields)
     except RecipeError as error:
         raise RecipeError(f"{origin}: {error}") from None
-    return Step(method=method, where=_parse_where(mapping.get("where") or {}, origin))
-
-
-def _parse_where(mapping: Any, origin: str) -> Where:
-    if not isinstance(mapping, Mapping):
-        raise RecipeError(f"{origin}: 'where' is a mapping with role, blocks or name, got {mapping!r}")
-    _refuse_unknown(mapping, [f.name for f in dataclasses.fields(Where)], origin, "key of 'where'")
-    role = mapping.get("role")
-    if role is not None and not isinstance(role, str | list | tuple):
-        raise RecipeError(f"{origin}: 'role' is a name or a list of names, got {role!r}; write role: [gate, up]")
-    roles = None if role is None else (role,) if isinstance(role, str) else tuple(str(r) for r in role)
-    blocks, name = mapping.get("blocks"), mapping.get("name")
-    if blocks is not None:
-        parse_blocks(str(blocks), None)
-    return Where(role=roles, blocks=None if blocks is None else str(blocks), name=None if name is None else str(name))
+    return Step(method=method, where=parse_where(mapping.get("where") or {}, origin))
 
 
 def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: 'calibration' is a mapping with windows, length, seed or text, got {mapping!r}")
     allowed = {f.name: f for f in dataclasses.fields(CalibrationOptions)}
-    _refuse_unknown(mapping, allowed, origin, "key of 'calibration'")
+    refuse_unknown(mapping, allowed, origin, "key of 'calibration'")
     for name, value in mapping.items():
         minimum = allowed[name].metadata.get("minimum")
         if minimum is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
@@ -320,10 +340,3 @@ def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
         )
     text = mapping.get("text")
     return CalibrationOptions(**{**mapping, "text": None if text is None else str(text)})
-
-
-def _refuse_unknown(mapping: Mapping[str, Any], allowed: Iterable[str], origin: str, kind: str) -> None:
-    names = list(allowed)
-    for key in mapping:
-        if key not in names:
-            raise RecipeError(f"{origin}: {unknown_word(kind, str(key), names)}")

@@ -22,7 +22,7 @@ from fettle.methods.reshape.subject import ModelMethod, Subject
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.reshaped_config import require_known
-from fettle.models.view import View, parameter_count
+from fettle.models.view import parameter_count
 from fettle.models.writer import write_text
 from fettle.workers import Workers
 
@@ -86,7 +86,7 @@ def _used_tokens(checkpoint: Checkpoint, text: Callable[[], str]) -> list[int]:
 
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The tokenizer of a folder or of a view of it; None where there is none."""
-    replaced = checkpoint.side_files if isinstance(checkpoint, View) else {}
+    replaced = checkpoint.side_files
     if not replaced:
         return load_tokenizer(checkpoint.folder)
     with tempfile.TemporaryDirectory(prefix="fettle-tokenizer-") as temporary:
@@ -107,6 +107,5 @@ def _require_tokenizer(checkpoint: Checkpoint) -> Any:
 
 def replace_side_files(checkpoint: Checkpoint, output: Path) -> None:
     """Writes what a view says instead of the base's files beside the weights."""
-    if isinstance(checkpoint, View):
-        for name, text in checkpoint.side_files.items():
-            write_text(output / name, text)
+    for name, text in checkpoint.side_files.items():
+        write_text(output / name, text)

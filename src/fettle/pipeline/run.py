@@ -28,10 +28,14 @@ import fettle
 from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import CheckpointError, DiskFullError, InterruptedRunError, UsageError
+from fettle.evaluate.basis import BASIS_KEY
+from fettle.methods.protocols import BasisMethod
+from fettle.methods.registry import to_fields
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
 from fettle.models.loading import TOKENIZER_FILES
+from fettle.models.rotated import RotatedCheckpoint, rotate
 from fettle.models.source import resolve
 from fettle.models.storage import quantization_config, stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json
@@ -101,10 +105,11 @@ def prepare(
     shaped = reshape(
         checkpoint, anatomy, recipe.reshaping, calibration.cut, calibration.whole, device=device, workers=workers
     )
-    checkpoint, anatomy = shaped.checkpoint, shaped.anatomy
-    layout = build_layout(
-        checkpoint, anatomy, settle(checkpoint, anatomy, assign(recipe, anatomy), workers), recipe.storage
-    )
+    checkpoint, anatomy = in_basis(shaped.checkpoint, shaped.anatomy, recipe.basis)
+    methods = settle(checkpoint, anatomy, assign(recipe, anatomy), workers)
+    layout = build_layout(checkpoint, anatomy, methods, recipe.storage)
+    if isinstance(checkpoint, RotatedCheckpoint):  # what becomes codes is not rounded to the base's type before
+        checkpoint = checkpoint.in_float32(item.linear.weight_name for item in layout.compressions)
     if any(item.looks_at_data for item in layout.compressions):
         if not has_tokenizer(folder):
             raise UsageError(
@@ -153,6 +158,14 @@ class _Calibration:
     def whole(self) -> str:
         self.text = self.text or read_text(self._options.text)
         return self.text.content
+
+
+def in_basis(checkpoint: Checkpoint, anatomy: Anatomy, basis: BasisMethod | None) -> tuple[Checkpoint, Anatomy]:
+    """The checkpoint as `basis` leaves it, and the anatomy of that; as they are where there is none."""
+    if basis is None:
+        return checkpoint, anatomy
+    rotated = rotate(checkpoint, anatomy, basis)
+    return rotated, read_anatomy(rotated, generic=anatomy.family == "generic")
 
 
 def _tokenizer_hashes(folder: Path) -> dict[str, str]:
@@ -204,9 +217,11 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     _require_sound(run, output, journal)
     schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
     config = dict(run.checkpoint.config)
-    found = quantization_config(schemes, run.anatomy, run.recipe.storage)
+    found = quantization_config(schemes, run.anatomy, run.recipe.storage, run.checkpoint.dtype)
     if found:  # an empty one is taken for a damaged one
         config["quantization_config"] = found
+    if run.recipe.basis is not None:  # adapters and draft heads of the base do not fit, and a measurement has to know
+        config[BASIS_KEY] = {"method": run.recipe.basis.name, **to_fields(run.recipe.basis)}
     write_index(output, run.layout.weight_map, total_bytes=sum(_tensor_bytes(run.layout)))
     copy_side_files(run.checkpoint.folder, output)
     replace_side_files(run.checkpoint, output)

@@ -32,8 +32,11 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.skeleton import Skeleton
 from fettle.pipeline.journal import LedgerLine
 from fettle.pipeline.layout import Compression, Layout, Unit
+from fettle.pipeline.loss_gradients import LossGradients
 from fettle.tensors.levels import weight_sharing_ratio
 from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight
 from fettle.workers import Workers
 
 
@@ -74,7 +77,7 @@ class Seen:
 class Outcome:
     """What compressing one linear gave."""
 
-    quantized: QuantizedTensor
+    quantized: CompressedWeight
     line: LedgerLine
 
 
@@ -88,7 +91,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
     except NonFiniteError as found:
         raise NonFiniteError(f"{item.linear.weight_name}: {found}") from found
     if item.scheme.has_input_scale:
-        assert isinstance(item.method, InputObserver)
+        assert isinstance(item.method, InputObserver) and isinstance(quantized, QuantizedTensor)
         quantized = replace(quantized, input_scale=item.method.input_scale(statistics, dtype=dtype))
     gram = statistics.get("gram") if seen is not None and not seen.neutral else None
     error = weight_error(weight, quantized) if gram is None else output_error(weight, quantized, gram)
@@ -100,7 +103,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
         scheme=item.scheme.describe(),
         error=error,
         objective="weight_error" if gram is None else "output_error",
-        bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage),
+        bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage_of(item)),
         seconds=time.monotonic() - started,
         note="; ".join(filter(None, [seen.note if seen is not None else "", _sharing_note(item, job)])),
     )
@@ -110,18 +113,18 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
 def _sharing_note(item: Compression, job: Job) -> str:
     """How much smaller shared values make a linear: by the formula of the literature, and in the bytes of the file."""
     scheme, shape = item.scheme, item.linear.shape
-    if not scheme.grid.is_learned:
+    if not isinstance(scheme, Scheme) or not scheme.grid.is_learned:
         return ""
     weights, base_bits = math.prod(shape), 8 * job.checkpoint.dtype.itemsize
     tables = math.prod(scheme.scale_shape(shape))
     formula = weight_sharing_ratio(weights / tables, scheme.grid.level_count, base_bits)
-    stored = base_bits / scheme.bits_per_weight(shape, job.layout.storage)
+    stored = base_bits / scheme.bits_per_weight(shape, job.layout.storage_of(item))
     return (
         f"{scheme.grid.level_count} shared values: n·b / (n·log2 k + k·b) = {formula:.3f}, in stored bytes {stored:.3f}"
     )
 
 
-def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, seconds: float) -> Outcome:
+def renewed(outcome: Outcome, quantized: CompressedWeight, weight: Tensor, seconds: float) -> Outcome:
     """The outcome with codes that a tuner chose instead; their error is that of the weights, as no gram says what they
     were chosen for.
     """
@@ -129,7 +132,11 @@ def renewed(outcome: Outcome, quantized: QuantizedTensor, weight: Tensor, second
         outcome.line, error=weight_error(weight, quantized), objective="weight_error",
         seconds=outcome.line.seconds + seconds,
     )  # fmt: skip
-    return Outcome(quantized=replace(quantized, input_scale=outcome.quantized.input_scale), line=line)
+    if isinstance(quantized, QuantizedTensor):
+        before = outcome.quantized
+        scale = before.input_scale if isinstance(before, QuantizedTensor) else None
+        quantized = replace(quantized, input_scale=scale)
+    return Outcome(quantized=quantized, line=line)
 
 
 class Stream:
@@ -150,6 +157,11 @@ class Stream:
             for ids in {len(window): window for window in job.windows}.values():
                 self.twin.embed(ids.unsqueeze(0))
             self.twin.free_head()
+        self._gradients: LossGradients | None = None
+        if any(item.wants_gradient for item in job.layout.compressions):
+            self._gradients = LossGradients(
+                job.checkpoint, job.anatomy, job.windows, device=job.device, workers=job.workers
+            )
         self.factors: dict[str, Tensor] = {}  # input group → what the loaded block's inputs were divided by, [in]
         count = len(job.windows)
         self.hidden = states[:count]
@@ -166,6 +178,10 @@ class Stream:
         self.skeleton.load_block(block)
         if self.twin is not None:
             self.twin.load_block(block)
+
+    def gradients(self, block: int) -> dict[str, Tensor]:
+        """The statistic "gradient" of a block's linears by name; nothing where no method looks at it."""
+        return {} if self._gradients is None else self._gradients.of_block(block)
 
     def free_block(self, block: int) -> None:
         """Takes the compressed block's memory back."""

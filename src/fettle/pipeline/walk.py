@@ -42,6 +42,7 @@ from fettle.pipeline.layout import METADATA, Compression, Unit
 from fettle.pipeline.rescaling import rescale_block
 from fettle.pipeline.stream import Job, Outcome, Seen, Stream, compress_linear, renewed
 from fettle.progress import Progress
+from fettle.tensors.quantized import QuantizedTensor
 
 
 def walk(job: Job, output: Path, journal: Journal, progress: Progress, *, last_unit: int | None = None) -> None:
@@ -98,9 +99,13 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
             lambda c: compress_linear(c, _checked_weight(job, c.linear), inputs.get(c.linear.name), job),
             unit.compressed,
         )
+    transposed = {item.linear.name for item in unit.compressed if item.linear.slot.transposed}
     for outcome in outcomes:
-        for local, tensor in outcome.quantized.to_state(job.layout.storage).items():
-            tensors[f"{outcome.line.linear}.{local}"] = tensor
+        name = outcome.line.linear
+        storage = outcome.quantized.scheme.storage_for(outcome.quantized.shape, job.layout.storage)
+        for local, tensor in outcome.quantized.to_state(storage).items():
+            turned = storage == "dense" and name in transposed
+            tensors[f"{name}.{local}"] = tensor.T.contiguous() if turned else tensor
     return tensors, [outcome.line for outcome in outcomes]
 
 
@@ -114,11 +119,12 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> tuple[list[Outcome]
     stages = _stages(unit.compressed, job)
     if not stages:
         stream.leave_original(unit.block)
+    gradients = stream.gradients(unit.block)
     for stage in stages:
         statistics = stream.collect(unit.block, [(item.linear, item.statistics) for item in stage])
         if stage is stages[-1]:  # the last linears are often the largest: their solver wants the memory
             stream.leave_original(unit.block)
-        solved = job.workers.map(partial(_solve, job, stream, statistics), stage)
+        solved = job.workers.map(partial(_solve, job, stream, statistics, gradients), stage)
         for item, outcome in zip(stage, solved, strict=True):
             stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
             stream.skeleton.set_inputs_(item.linear, outcome.quantized.input_quantizer)
@@ -150,7 +156,8 @@ def _tune_block(
         started = time.monotonic()
         linears = {name: items[name].linear for name in names}
         objective = BlockObjective(stream.skeleton, unit.block, linears, windows, job.workers)
-        start = {name: found[name].quantized for name in names}
+        chosen = {name: found[name].quantized for name in names}
+        start = {name: codes for name, codes in chosen.items() if isinstance(codes, QuantizedTensor)}
         tuned = tuner.tune(start, {name: originals[name] for name in names}, objective)
         seconds = (time.monotonic() - started) / len(names)
         for name, quantized in tuned.items():
@@ -159,9 +166,14 @@ def _tune_block(
     return list(found.values())
 
 
-def _solve(job: Job, stream: Stream, seen: Mapping[str, Seen], item: Compression) -> Outcome:
-    weight = stream.checked_weight(item.linear)
-    return compress_linear(item, weight, seen.get(item.linear.input_group), job)
+def _solve(
+    job: Job, stream: Stream, seen: Mapping[str, Seen], gradients: Mapping[str, Tensor], item: Compression
+) -> Outcome:
+    weight, known = stream.checked_weight(item.linear), seen.get(item.linear.input_group)
+    if item.wants_gradient:
+        own = {"gradient": gradients[item.linear.name]}
+        known = Seen(statistics=own, tokens=0) if known is None else replace(known, statistics=known.statistics | own)
+    return compress_linear(item, weight, known, job)
 
 
 def _stages(compressed: tuple[Compression, ...], job: Job) -> list[list[Compression]]:

@@ -26,6 +26,7 @@ from fettle.data.windows import Windows, calibration_windows, read_text
 from fettle.diagnose.candidates import Candidate
 from fettle.diagnose.original import Original
 from fettle.errors import RecipeError, UsageError
+from fettle.methods.protocols import BasisMethod
 from fettle.models.config_file import context_length
 from fettle.models.writer import write_json
 from fettle.pipeline.journal import Journal, locked, refuse_foreign, run_folder
@@ -80,7 +81,7 @@ def choose(probe: Run, output: Path, budget: Budget, *, fresh: bool, progress: P
         drop_codes(folder)  # also what a kill behind the line above left
     found = json.loads((folder / CHOSEN).read_text(encoding="utf-8"))
     recipe = parse_recipe(found["recipe"], str(folder / CHOSEN))
-    recipe = replace(recipe, calibration=replace(recipe.calibration, text=calibration.text))
+    recipe = replace(recipe, calibration=replace(recipe.calibration, text=calibration.text), basis=probe.recipe.basis)
     return Choice(recipe=recipe, figures=found["figures"], sample=sample)
 
 
@@ -92,12 +93,13 @@ def probe_run(
     device: str = "cpu",
     threads: int | None = None,
     generic: bool = False,
+    basis: BasisMethod | None = None,
 ) -> Run:
     """A run with one candidate in all linears: it checks model, text and budget, and knows what is compressed."""
     budget.validate()
     candidates = budget.chosen_from("float32")
     demanding = max(candidates, key=lambda candidate: len(candidate.method.needs()))
-    recipe = Recipe(name="probe", steps=(Step(method=demanding.method),), calibration=calibration)
+    recipe = Recipe(name="probe", steps=(Step(method=demanding.method),), calibration=calibration, basis=basis)
     return prepare(model, recipe, device=device, threads=threads, generic=generic)
 
 
@@ -121,7 +123,7 @@ def _problem(probe: Run, budget: Budget, candidates: tuple[Candidate, ...]) -> P
     else:
         assert budget.size_bytes is not None
         beside = probe.layout.bytes - sum(
-            x.scheme.stored_bytes(x.linear.shape, STORAGE) for x in probe.layout.compressions
+            x.scheme.stored_bytes(x.linear.shape, probe.layout.storage_of(x)) for x in probe.layout.compressions
         )
         limit = budget.size_bytes - beside
         needed = f"{least + beside:,} bytes, {beside:,} of them for what stays as it is"
@@ -152,6 +154,7 @@ def _identity(probe: Run, budget: Budget, candidates: tuple[Candidate, ...]) -> 
     return {
         **kept,
         "calibration": probe.identity["recipe"]["calibration"],
+        "basis": None if probe.recipe.basis is None else probe.identity["recipe"]["steps"][0],
         "bits_per_weight": budget.bits_per_weight,
         "size_bytes": budget.size_bytes,
         "fused": budget.fused,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from fettle.diagnose.candidates import Candidate
 from fettle.models.anatomy import Anatomy, Linear
-from fettle.pipeline.recipe import CalibrationOptions, Recipe, Step, Where
+from fettle.pipeline.recipe import CalibrationOptions, Recipe, Step
+from fettle.pipeline.where import Where
 from fettle.search.knapsack import Option, solve
 
 Mix = dict[str, str]  # linear → the candidate's label
@@ -70,7 +71,8 @@ class Problem:
         )
 
     def _bytes(self, linear: Linear, candidate: Candidate) -> int:
-        return candidate.scheme.stored_bytes(linear.shape, self.storage)
+        scheme = candidate.scheme
+        return scheme.stored_bytes(linear.shape, scheme.storage_for(linear.shape, self.storage))
 
 
 def grouped(anatomy: Anatomy, linears: Sequence[Linear], fused: str) -> tuple[tuple[Linear, ...], ...]:

@@ -24,7 +24,7 @@ from fettle.diagnose.original import Original
 from fettle.diagnose.scan import ScannedLinear, linears_of, scan
 from fettle.models.writer import write_json, write_shard
 from fettle.progress import Progress
-from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.weights import weight_from_state
 
 STORAGE = "pack-quantized"  # how the kept codes lie on the disk
 
@@ -52,7 +52,7 @@ class Scan:
                     candidate = next(c for c in self.candidates if c.label == mix[linear.name])
                     stem = f"{linear.name}|{candidate.label}|"
                     state = {key.removeprefix(stem): file.get_tensor(key) for key in keys if key.startswith(stem)}
-                    quantized = QuantizedTensor.from_state(state, candidate.scheme, STORAGE)
+                    quantized = weight_from_state(state, candidate.scheme, STORAGE)
                     original.skeleton.set_weight_(linear, quantized.dequantize())
             states = original.run(index, states)
             for linear, weight in zip(chosen, weights, strict=True):

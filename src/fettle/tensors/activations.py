@@ -1,9 +1,10 @@
-"""How the inputs of a linear are quantized: uniform codes, a scale a token or a tensor, found on the spot or stored.
+"""How the inputs of a linear are quantized: integers or small floats, a scale a token or a tensor, found or stored.
 
     symmetric    scale = max|x| / ((2^bits - 1) / 2)          zero point 0
     asymmetric   scale = (high - low) / (2^bits - 1)          zero point = clamp(round(-2^(bits-1) - low / scale))
     code         clamp(round(x / scale + zero point), -2^(bits-1), 2^(bits-1) - 1)
     value        (code - zero point) · scale
+    floats       scale = max|x| / 448, code = clamp(x / scale, -448, 448) to float8_e4m3fn, value = code · scale
 
 with low = min(x, 0) and high = max(x, 0), so that zero stays zero. These are compressed-tensors' formulas to the bit (a
 test compares), so that its loaders compute what is measured here.
@@ -30,6 +31,8 @@ from torch import Tensor
 from fettle.errors import CheckpointError, RecipeError, unknown_word
 
 InputGranularity = Literal["token", "tensor"]
+InputGrid = Literal["uniform", "float"]
+FLOAT = torch.float8_e4m3fn
 SMALLEST_BITS, LARGEST_BITS = 2, 8
 
 
@@ -42,12 +45,14 @@ class Activations:
         bits: of a code.
         granularity: what shares a scale: a token's inputs, or all of a call.
         zero_point: whether the range is asymmetric.
+        grid: "uniform" integers, or "float" for e4m3, whose steps grow with the value.
     """
 
     dynamic: bool = True
     bits: int = 8
     granularity: InputGranularity = "token"
     zero_point: bool = False
+    grid: InputGrid = "uniform"
 
     def validate(self) -> None:
         """Checks that the parts fit together.
@@ -58,7 +63,8 @@ class Activations:
         if str(self.granularity) == "channel":
             raise RecipeError(
                 "a scale for each input channel stands inside the sum of a product, so integers cannot be multiplied "
-                "with it; use activation_granularity: token (dynamic) or tensor"
+                "with it; use activation_granularity: token (dynamic) or tensor; smoothquant with alpha: 1 "
+                "folds a scale for each channel into what feeds it"
             )
         if self.granularity not in get_args(InputGranularity):
             raise RecipeError(unknown_word("activation_granularity", str(self.granularity), get_args(InputGranularity)))
@@ -66,6 +72,13 @@ class Activations:
             raise RecipeError(
                 f"activation_bits={self.bits!r} cannot be; allowed: integers from {SMALLEST_BITS} to {LARGEST_BITS}. "
                 "Usual is 8"
+            )
+        if self.grid not in get_args(InputGrid):
+            raise RecipeError(unknown_word("activation_grid", str(self.grid), get_args(InputGrid)))
+        if self.grid == "float" and (self.bits != 8 or self.zero_point):
+            raise RecipeError(
+                f"activation_grid: float is e4m3, of 8 bits and symmetric; got activation_bits={self.bits}, "
+                f"activation_asymmetric={str(self.zero_point).lower()}. Leave both out"
             )
         if not self.dynamic and self.granularity == "token":
             raise RecipeError(
@@ -76,13 +89,21 @@ class Activations:
     @property
     def levels(self) -> tuple[int, int]:
         """The lowest and the highest code."""
+        if self.grid == "float":
+            return -int(torch.finfo(FLOAT).max), int(torch.finfo(FLOAT).max)
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def round_(self, units: Tensor) -> Tensor:
+        """Units of the scale, changed in place, to the nearest codes."""
+        units.clamp_(*self.levels)
+        return units.copy_(units.to(FLOAT)) if self.grid == "float" else units.round_()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back."""
-        return {
+        plain = {
             "dynamic": self.dynamic, "bits": self.bits, "granularity": self.granularity, "zero_point": self.zero_point,
         }  # fmt: skip
+        return plain if self.grid == "uniform" else plain | {"grid": self.grid}
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Activations:
@@ -91,7 +112,7 @@ class Activations:
         Raises:
             RecipeError: an unknown key, or parts that do not fit together.
         """
-        allowed = ("dynamic", "bits", "granularity", "zero_point")
+        allowed = ("dynamic", "bits", "granularity", "zero_point", "grid")
         for key in mapping:
             if key not in allowed:
                 raise RecipeError(unknown_word("key of activations", str(key), allowed))
@@ -100,6 +121,7 @@ class Activations:
             bits=mapping.get("bits", 8),
             granularity=cast(InputGranularity, mapping.get("granularity", "token")),
             zero_point=bool(mapping.get("zero_point", False)),
+            grid=cast(InputGrid, mapping.get("grid", "uniform")),
         )
         found.validate()
         return found
@@ -107,7 +129,8 @@ class Activations:
     def describe(self) -> str:
         """For people: "inputs int8 a token" or "inputs int8 static, zero point"."""
         how = f"a {self.granularity}" if self.dynamic else "static"
-        return f"inputs int{self.bits} {how}{', zero point' if self.zero_point else ''}"
+        kind = "int" if self.grid == "uniform" else "float"
+        return f"inputs {kind}{self.bits} {how}{', zero point' if self.zero_point else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,8 +194,7 @@ class InputQuantizer:
         """Codes float32 [..., in], and scale and zero point, float32, that go with them by broadcasting."""
         wide = inputs.float()
         scale, point = self._ranges(wide)
-        units = (wide / scale).add_(point)
-        return units.clamp_(*self.activations.levels).round_(), scale, point
+        return self.activations.round_((wide / scale).add_(point)), scale, point
 
     def values(self, inputs: Tensor) -> Tensor:
         """The values that the codes stand for, in the inputs' type."""
@@ -196,7 +218,7 @@ class InputQuantizer:
 def _spanning(low: Tensor, high: Tensor, activations: Activations) -> tuple[Tensor, Tensor | None]:
     """Scale (0 for an empty range) and zero point that span low … high."""
     low, high = low.clamp(max=0), high.clamp(min=0)
-    steps = 2**activations.bits - 1
+    steps = 2**activations.bits - 1 if activations.grid == "uniform" else 2 * activations.levels[1]
     if not activations.zero_point:
         return torch.maximum(low.abs(), high.abs()) / (steps / 2), None
     scale = (high - low) / steps

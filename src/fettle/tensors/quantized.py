@@ -3,8 +3,8 @@
     value[o, i] = (levels[codes[o, i]] - levels[zero_point[o, g]]) · scale[o, g]      g = i // group_size
 
 without a zero point the second term is left out; learned levels are a table of each tensor, row or group, and have no
-scale; a tensor scale, where the scheme has one, multiplies everything. A remainder, where the scheme has one, is added
-to the rounded values in float32.
+scale; a tensor scale, where the scheme has one, divides the small scales first, in float32. A remainder, where the
+scheme has one, is added to the rounded values in float32.
 
 The product is rounded to the scale's type, as compressed-tensors'
 decompression does it: the difference of two codes is an integer below 256 in size, exact in every scale type, so its
@@ -24,9 +24,19 @@ from torch import Tensor
 from fettle.errors import CheckpointError
 from fettle.tensors.activations import InputQuantizer, InputScale
 from fettle.tensors.packing import pack_bits, unpack_bits
-from fettle.tensors.remainder import Remainder
+from fettle.tensors.remainder import Remainder, TensorSpec
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.storages import (
+    EXPONENT_SCALES,
+    WITH_SHAPE,
+    code_tensor,
+    pack_codes,
+    signed,
+    told_shape,
+    unpack_codes,
+    unsigned,
+)
 
 TILE_WEIGHTS = 1 << 19  # weights worked on at once: 2 MB in float32
 
@@ -41,7 +51,7 @@ class QuantizedTensor:
         zero_point: uint8 as `scale`, the code that stands for zero; None without.
         scheme: what the others mean.
         levels: `scheme.value_dtype` [out, groups, 2**bits] with the learned grid; None with any other.
-        tensor_scale: float32 [1] where the scheme has one; None otherwise.
+        tensor_scale: float32 [1] where the scheme has one, by which scales are divided; None otherwise.
         remainder: what is added to the values of the codes; None without, and where the weight is too small for one.
         input_scale: of the linear's inputs, where the scheme stores one; a method leaves it to the walk.
     """
@@ -62,7 +72,7 @@ class QuantizedTensor:
 
     @property
     def shared(self) -> Shared:
-        """Scale, zero point and levels, without the tensor scale."""
+        """Scale, zero point and levels, without the tensor scale: `Shared.over` divides by it."""
         return Shared(scale=self.scale, zero_point=self.zero_point, levels=self.levels)
 
     @property
@@ -85,9 +95,8 @@ class QuantizedTensor:
 
     def dequantize_tile(self, rows: slice) -> Tensor:
         """The values of some rows, [rows, in], in the scheme's `value_dtype`; float32 with a remainder."""
-        values = dequantize_rows(self.codes[rows], self.shared.rows(rows, self.scheme), self.scheme)
-        if self.tensor_scale is not None:
-            values.mul_(self.tensor_scale)
+        shared = self.shared.rows(rows, self.scheme).over(self.tensor_scale)
+        values = dequantize_rows(self.codes[rows], shared, self.scheme)
         return values if self.remainder is None else self.remainder.add_to_(values.float(), rows)
 
     def nbytes(self, storage: str = "pack-quantized") -> int:
@@ -103,26 +112,21 @@ class QuantizedTensor:
         self.scheme.check_storage(storage)
         bits = self.scheme.grid.bits
         whole = self.scheme.granularity == "tensor"
-        if storage == "pack-quantized":
-            state = {
-                "weight_packed": pack_bits(self.codes, bits),
-                "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
-            }
-        else:
-            state = {"weight": _signed(self.codes, bits)}
+        state = pack_codes(self.codes, self.scheme.grid, storage)
         if self.levels is not None:
             state["weight_levels"] = self.levels.contiguous()
         else:
             scale = self.scale.to(self.scheme.torch_scale_dtype)
+            scale = scale.view(torch.uint8) if storage in EXPONENT_SCALES else scale
             state["weight_scale"] = scale.reshape(-1) if whole else scale.contiguous()
         if self.tensor_scale is not None:
-            state["weight_tensor_scale"] = self.tensor_scale
+            state["weight_global_scale"] = self.tensor_scale
         if self.zero_point is not None:
             if storage == "pack-quantized" and not whole:
                 state["weight_zero_point"] = pack_bits(self.zero_point, bits, axis=0)
             else:
-                signed = _signed(self.zero_point, bits)
-                state["weight_zero_point"] = signed.reshape(-1) if whole else signed
+                points = signed(self.zero_point, bits)
+                state["weight_zero_point"] = points.reshape(-1) if whole else points
         if self.input_scale is not None:
             state["input_scale"] = self.input_scale.scale
             if self.input_scale.zero_point is not None:
@@ -143,22 +147,19 @@ class QuantizedTensor:
         shape = stored_shape(state, scheme, storage)
         bits = scheme.grid.bits
         rows, groups = scheme.scale_shape(shape)
-        if storage == "pack-quantized":
-            codes = unpack_bits(state["weight_packed"], bits, shape[1])
-        else:
-            codes = _unsigned(state["weight"], bits)
-        zero_point = None
-        if scheme.zero_point:
-            stored = state["weight_zero_point"]
-            packed = stored.dtype == torch.int32
-            zero_point = unpack_bits(stored, bits, rows, axis=0) if packed else _unsigned(stored, bits)
-            zero_point = zero_point.reshape(rows, groups)
+        codes = unpack_codes(state[code_tensor(storage)], scheme.grid, storage, shape[1])
+        zero_point = stored_zero_point(state, scheme, rows)
         if scheme.grid.level_count < 2**bits and int(codes.max()) >= scheme.grid.level_count:
             raise CheckpointError(
                 f"a code is {int(codes.max())}, and {scheme.describe()} has {scheme.grid.level_count} levels; the file "
                 "is damaged"
             )
         shared = stored_shared(state, scheme, (rows, groups))
+        if scheme.has_tensor_scale and not float(state["weight_global_scale"]) > 0:
+            raise CheckpointError(
+                f"weight_global_scale is {float(state['weight_global_scale'])}, and scales are divided by it; the file "
+                "is damaged"
+            )
         remainder = None if scheme.remainder is None else scheme.remainder.from_state(state, shape)
         if remainder is not None:
             remainder.check()
@@ -168,7 +169,7 @@ class QuantizedTensor:
             zero_point=zero_point,
             levels=shared.levels,
             scheme=scheme,
-            tensor_scale=state["weight_tensor_scale"] if scheme.has_tensor_scale else None,
+            tensor_scale=state["weight_global_scale"] if scheme.has_tensor_scale else None,
             remainder=remainder,
             input_scale=stored_input_scale(state, scheme),
         )
@@ -179,7 +180,20 @@ def stored_shared(state: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int,
     if scheme.grid.is_learned:
         levels = state["weight_levels"]
         return Shared(scale=levels.new_ones(shape), levels=levels)
-    return Shared(scale=state["weight_scale"].to(scheme.value_dtype).reshape(shape))
+    stored = state["weight_scale"]
+    scale = stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored
+    return Shared(scale=scale.to(scheme.value_dtype).reshape(shape))
+
+
+def stored_zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features: int) -> Tensor | None:
+    """Zero points of a state as uint8 codes [out, groups] (or [1, 1]); None where the scheme has none."""
+    if not scheme.zero_point:
+        return None
+    stored = state["weight_zero_point"]
+    if stored.dtype == torch.int32:
+        return unpack_bits(stored, scheme.grid.bits, out_features, axis=0)
+    codes = unsigned(stored, scheme.grid.bits)
+    return codes.reshape(1, 1) if scheme.granularity == "tensor" else codes
 
 
 def stored_input_scale(state: Mapping[str, Tensor], scheme: Scheme) -> InputScale | None:
@@ -287,31 +301,31 @@ def stored_shape(state: Mapping[str, Tensor], scheme: Scheme, storage: str) -> t
         CheckpointError: a tensor is missing, or has another type or shape than the scheme says.
     """
     scheme.check_storage(storage)
-    source = "weight_shape" if storage == "pack-quantized" else "weight"
+    source = "weight_shape" if storage in WITH_SHAPE else code_tensor(storage)
     if source not in state:
         raise CheckpointError(f"a weight stored as {storage} needs the tensor {source}; there are {sorted(state)}")
-    told = state[source].tolist() if storage == "pack-quantized" else list(state[source].shape)
+    told = told_shape(state[source], storage)
     if len(told) != 2 or min(told) < 1:
         raise CheckpointError(f"{source} says the shape {told}; a compressed weight is a matrix [out, in]")
     shape = (int(told[0]), int(told[1]))
-    for name, (dtype, dimensions) in scheme.state_spec(shape, storage).items():
-        found = state.get(name)
-        if found is None:
-            raise CheckpointError(
-                f"the tensor {name} is missing; {scheme.describe()} needs it. There are {sorted(state)}"
-            )
-        if found.dtype != dtype or tuple(found.shape) != dimensions:
-            raise CheckpointError(
-                f"{name} is {found.dtype} {list(found.shape)}; a weight {list(shape)} in {scheme.describe()} has "
-                f"{dtype} {list(dimensions)}"
-            )
+    check_state(state, scheme.state_spec(shape, storage), shape, scheme.describe())
     return shape
 
 
-def _signed(codes: Tensor, bits: int) -> Tensor:
-    """Codes as the standard's int8 numbers: 0 … 2**bits-1 becomes -2**(bits-1) … 2**(bits-1)-1."""
-    return codes.to(torch.int16).sub_(2 ** (bits - 1)).to(torch.int8)
+def check_state(
+    state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec], shape: tuple[int, int], described: str
+) -> None:
+    """Checks that a state has what the scheme of a weight [out, in] says, which is described for people.
 
-
-def _unsigned(numbers: Tensor, bits: int) -> Tensor:
-    return numbers.to(torch.int16).add_(2 ** (bits - 1)).to(torch.uint8)
+    Raises:
+        CheckpointError: a tensor is missing, or has another type or shape.
+    """
+    for name, (dtype, dimensions) in spec.items():
+        found = state.get(name)
+        if found is None:
+            raise CheckpointError(f"the tensor {name} is missing; {described} needs it. There are {sorted(state)}")
+        if found.dtype != dtype or tuple(found.shape) != dimensions:
+            raise CheckpointError(
+                f"{name} is {found.dtype} {list(found.shape)}; a weight {list(shape)} in {described} has "
+                f"{dtype} {list(dimensions)}"
+            )

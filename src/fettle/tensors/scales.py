@@ -34,6 +34,12 @@ class Shared:
             levels=None if self.levels is None else self.levels[rows],
         )
 
+    def over(self, tensor_scale: Tensor | None) -> Shared:
+        """The same with its scales divided by the tensor scale, float32; itself where there is none."""
+        if tensor_scale is None:
+            return self
+        return Shared(scale=self.scale.float() / tensor_scale, zero_point=self.zero_point, levels=self.levels)
+
     def where(self, other: Shared, take_other: Tensor) -> Shared:
         """Of each row this one's, or the other's where `take_other` [rows, 1] says so."""
         zero_point, levels = self.zero_point, self.levels

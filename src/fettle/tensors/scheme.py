@@ -5,16 +5,18 @@
         │ group 0 │ group 1 │ g2 │   the last group may be shorter
         └────────────────────────┘
 
-Two storages, both of the compressed-tensors standard (what its loaders cannot say, such as a short last group, is laid
-out in the same way and marked as fettle's own by `models/storage.py`):
+How codes lie in a file, their storage, is compressed-tensors' (what its loaders cannot say, such as a short last
+group, is laid out in the same way and marked as fettle's own by `models/storage`): `storages.py` has the codes; beside
+them are
 
-    pack-quantized   weight_packed int32 [out, ⌈in·bits/32⌉] · weight_shape int64 [2] · weight_scale [out, groups]
-                     weight_zero_point int32 [⌈out·bits/32⌉, groups]   (for "tensor": int8 [1], the standard leaves it)
-    int-quantized    weight int8 [out, in] · weight_scale · weight_zero_point int8 [out, groups]   (8 bits only)
+    weight_scale        [out, groups]; for "tensor" [1]
+    weight_zero_point   pack-quantized: int32 [⌈out·bits/32⌉, groups]   (for "tensor": int8 [1], the standard leaves it)
+                        int-quantized: int8 [out, groups]
 
 Scales may have eight bits themselves: float8_e8m0fnu, powers of two (the MX formats), and float8_e4m3fn, which has too
-little range for a model's scales and so comes with one float32 for the whole tensor (the NV formats):
-weight_tensor_scale [1]. Learned levels replace the scale: weight_levels [out, groups, 2^bits] (tensor: [1, 1, 2^bits]).
+little range for a model's scales and so comes with one float32 for the whole tensor (the NV formats), by which they are
+divided: weight_global_scale [1]. Learned levels replace the scale: weight_levels [out, groups, 2^bits] (tensor: [1, 1,
+2^bits]).
 
 A remainder, where a scheme has one, stands beside the codes in tensors of its own: `sparse.py`, `factored.py`.
 Inputs that are quantized with a stored scale have input_scale [1] and, asymmetric, input_zero_point int8 [1].
@@ -35,9 +37,9 @@ from fettle.tensors.factored import FactoredScheme
 from fettle.tensors.grid import Grid
 from fettle.tensors.remainder import RemainderScheme, TensorSpec
 from fettle.tensors.sparse import SparseScheme
+from fettle.tensors.storages import EXPONENT_SCALES, Storage, code_spec, float_storage
 
 Granularity = Literal["tensor", "channel", "group"]
-Storage = Literal["pack-quantized", "int-quantized"]
 
 SCALE_DTYPES = {
     "float16": torch.float16,
@@ -71,6 +73,11 @@ class Scheme:
     activations: Activations | None = None
 
     @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.grid.bits
+
+    @property
     def codes_alone(self) -> Scheme:
         """The same without a remainder."""
         return replace(self, remainder=None)
@@ -82,13 +89,28 @@ class Scheme:
 
     @property
     def value_dtype(self) -> torch.dtype:
-        """The type of scales in memory and of the values: that on disk, or float32 for scales of eight bits."""
+        """The type of scales in memory and of the values: that on disk, or float32 for scales of eight bits.
+
+        The standard's own NV layout has bfloat16: its loaders round the values so.
+        """
+        if self.float_storage == "nvfp4-pack-quantized":
+            return torch.bfloat16
         stored = self.torch_scale_dtype
         return stored if stored.itemsize > 1 else torch.float32
 
     @property
+    def float_storage(self) -> Storage | None:
+        """The storage that the standard has for small floats, where groups divide the row; None for other codes."""
+        return float_storage(self.grid, self.group_size, self.scale_dtype)
+
+    def storage_for(self, shape: tuple[int, int], preferred: str = "pack-quantized") -> str:
+        """How a weight [out, in] is written: as the standard does it with small floats, else as preferred."""
+        own = self.float_storage
+        return preferred if own is None or shape[1] % (self.group_size or 1) else own
+
+    @property
     def has_tensor_scale(self) -> bool:
-        """Whether one float32 scale for the whole tensor stands beside the small ones."""
+        """Whether the small scales are to be divided by one float32 for the whole tensor."""
         return self.scale_dtype == "float8_e4m3fn"
 
     @property
@@ -147,22 +169,17 @@ class Scheme:
             RecipeError: the storage is unknown or cannot hold this scheme.
         """
         self.check_storage(storage)
-        out_features, in_features = shape
         bits = self.grid.bits
         rows, groups = self.scale_shape(shape)
         scale_shape = (1,) if self.granularity == "tensor" else (rows, groups)
-        spec: dict[str, TensorSpec] = {}
-        if storage == "pack-quantized":
-            spec["weight_packed"] = (torch.int32, (out_features, math.ceil(in_features * bits / 32)))
-            spec["weight_shape"] = (torch.int64, (2,))
-        else:
-            spec["weight"] = (torch.int8, (out_features, in_features))
+        spec = code_spec(storage, shape, bits)
         if self.grid.is_learned:
             spec["weight_levels"] = (self.torch_scale_dtype, (rows, groups, 2**bits))
         else:
-            spec["weight_scale"] = (self.torch_scale_dtype, scale_shape)
+            dtype = torch.uint8 if storage in EXPONENT_SCALES else self.torch_scale_dtype
+            spec["weight_scale"] = (dtype, scale_shape)
         if self.has_tensor_scale:
-            spec["weight_tensor_scale"] = (torch.float32, (1,))
+            spec["weight_global_scale"] = (torch.float32, (1,))
         if self.zero_point:
             packed = storage == "pack-quantized" and self.granularity != "tensor"
             spec["weight_zero_point"] = (
@@ -190,6 +207,11 @@ class Scheme:
             raise RecipeError(
                 f"storage int-quantized holds uniform codes of 8 bits, got {self.describe()}; use storage: "
                 "pack-quantized or bits: 8"
+            )
+        if storage not in ("pack-quantized", "int-quantized") and storage != self.float_storage:
+            raise RecipeError(
+                f"storage {storage} holds floats of the standard's formats, got {self.describe()}; use storage: "
+                f"{self.float_storage or 'pack-quantized'}"
             )
 
     def stored_bytes(self, shape: tuple[int, int], storage: str = "pack-quantized") -> int:

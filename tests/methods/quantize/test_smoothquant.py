@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.methods.quantize.problems import random_weight
+from tests.methods.quantize.problems import correlated_gram, random_weight
 
 from fettle.errors import NonFiniteError
+from fettle.methods.quantize.errors import output_error
+from fettle.methods.quantize.gptq import Gptq
 from fettle.methods.quantize.smoothquant import SmoothQuant, SmoothQuantRescaler
 
 
@@ -53,3 +55,14 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
 def test_the_method_hands_its_alpha_on() -> None:
     assert SmoothQuant(alpha=0.3).rescaler() == SmoothQuantRescaler(alpha=0.3)
     assert SmoothQuant().needs() == ()
+
+
+def test_gptq_behind_it_is_gptq() -> None:
+    weight, gram = random_weight(9, 40), correlated_gram(40)
+    fields = {"bits": 4, "group_size": None, "clip": "none"}
+    method = SmoothQuant(solver="gptq", **fields)
+    assert method.needs() == Gptq(**fields).needs()
+    found = method.compress(weight, {"gram": gram}, dtype="float32")
+    assert torch.equal(found.codes, Gptq(**fields).compress(weight, {"gram": gram}, dtype="float32").codes)
+    nearest = SmoothQuant(**fields).compress(weight, {}, dtype="float32")
+    assert output_error(weight, found, gram) < 0.9 * output_error(weight, nearest, gram)

@@ -18,7 +18,10 @@ class ColumnRounding:
     Attributes:
         scale: float32 [groups, rows], exactly the stored values.
         levels: float32 [groups, rows, 2**bits] with the learned grid; None with any other.
+        dtype: of the codes once they are noted down.
     """
+
+    dtype = torch.uint8
 
     def __init__(self, shared: Shared, *, scheme: Scheme, rows: int) -> None:
         self._scheme = scheme

@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fettle.tensors.quantized import QuantizedTensor, row_tiles
+from fettle.tensors.quantized import row_tiles
+from fettle.tensors.weights import CompressedWeight
 
 
-def weight_error(weight: Tensor, quantized: QuantizedTensor | Tensor) -> float:
+def weight_error(weight: Tensor, quantized: CompressedWeight | Tensor) -> float:
     """Squared error relative to the weight [out, in]; 0 for a zero weight kept zero.
 
     `quantized` may also be the dense values [out, in].
@@ -28,7 +29,7 @@ def weight_error(weight: Tensor, quantized: QuantizedTensor | Tensor) -> float:
     return _ratio(error, energy)
 
 
-def output_error(weight: Tensor, quantized: QuantizedTensor | Tensor, gram: Tensor) -> float:
+def output_error(weight: Tensor, quantized: CompressedWeight | Tensor, gram: Tensor) -> float:
     """Squared error of the outputs relative to them, for a weight [out, in] and a gram [in, in]."""
     error = energy = 0.0
     for rows in row_tiles(*_shape(weight)):
@@ -38,7 +39,7 @@ def output_error(weight: Tensor, quantized: QuantizedTensor | Tensor, gram: Tens
     return _ratio(error, energy)
 
 
-def robust_error(weight: Tensor, quantized: QuantizedTensor | Tensor, norm: float = 0.7) -> float:
+def robust_error(weight: Tensor, quantized: CompressedWeight | Tensor, norm: float = 0.7) -> float:
     """Σ|error|^norm relative to the weight's own; what HQQ minimises."""
     error = energy = 0.0
     for rows in row_tiles(*_shape(weight)):
@@ -53,7 +54,7 @@ def quadratic_form(difference: Tensor, gram: Tensor) -> float:
     return float((difference @ gram).mul_(difference).sum(dtype=torch.float64))
 
 
-def _values(quantized: QuantizedTensor | Tensor, rows: slice) -> Tensor:
+def _values(quantized: CompressedWeight | Tensor, rows: slice) -> Tensor:
     if isinstance(quantized, Tensor):
         return quantized[rows].float()
     return quantized.dequantize_tile(rows).float()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fettle.errors import RecipeError
 from fettle.methods.quantize.observers import Observer, observe
-from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations, InputScale
+from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations, InputGrid, InputScale
 from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
@@ -52,8 +52,11 @@ class GridFields:
     activation_granularity: Literal["token", "tensor"] | None = field(
         default=None, metadata={"help": "what shares an input scale; none for token where dynamic, tensor where static"}
     )
+    activation_grid: InputGrid = field(
+        default="uniform", metadata={"help": "integers, or float for e4m3: finer near zero, coarser far from it"}
+    )
     observer: Observer = field(
-        default="percentile", metadata={"help": "how a static input scale is found on the calibration text"}
+        default="mse", metadata={"help": "how a static input scale is found on the calibration text"}
     )
     activation_asymmetric: bool = field(default=False, metadata={"help": "a zero point for the inputs, too"})
 
@@ -67,14 +70,20 @@ class GridFields:
             raise RecipeError(
                 "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
             )
-        for name in ("activation_bits", "activation_granularity", "activation_asymmetric", "observer"):
+        for name in (
+            "activation_bits",
+            "activation_granularity",
+            "activation_grid",
+            "activation_asymmetric",
+            "observer",
+        ):
             default = next(found.default for found in fields(self) if found.name == name)
             if self.activations == "none" and getattr(self, name) != default:
                 raise RecipeError(
                     f"{name} belongs to quantized inputs, and activations is none; set activations: dynamic or static, "
                     "or leave it out"
                 )
-        if self.activations == "dynamic" and self.observer != "percentile":
+        if self.activations == "dynamic" and self.observer != "mse":
             raise RecipeError(
                 f"observer={self.observer!r} finds a stored scale, and a dynamic one is found on the spot; set "
                 "activations: static, or leave it out"
@@ -114,4 +123,5 @@ class GridFields:
             bits=self.activation_bits,
             granularity=self.activation_granularity or ("token" if dynamic else "tensor"),
             zero_point=self.activation_asymmetric,
+            grid=self.activation_grid,
         )

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fettle.methods.protocols import BlockView, Tuner
+from fettle.methods.protocols import BlockView, Codes, Tuner
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.gptq import Gptq
 from fettle.methods.quantize.round_to_nearest import RoundToNearest
@@ -38,6 +38,8 @@ from fettle.tensors.quantized import QuantizedTensor
 LOOKS = 10  # how often the windows held back are looked at
 PATIENCE = 3  # looks without a gain
 HELD_BACK = 8  # every how manieth window
+
+Made_co = TypeVar("Made_co", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class LearnedRounding(GridFields):
         """The start's codes for weight [out, in]: what `tune` then improves."""
         return self._start().compress(weight, statistics, dtype=dtype)
 
-    def tuner(self) -> Tuner:
+    def tuner(self) -> Tuner[QuantizedTensor]:
         """The learning, with this instance's options."""
         return RoundingTuner(
             steps=self.steps,
@@ -98,31 +100,54 @@ class RoundingTuner:
         self, start: Mapping[str, QuantizedTensor], weights: Mapping[str, Tensor], block: BlockView
     ) -> dict[str, QuantizedTensor]:
         """Codes and scales with no larger error than the start's on the windows held back; pure."""
-        seen, kept = split_windows(block.windows)
         soft = {name: SoftCodes(start[name], weights[name]) for name in start}
-        best = dict(start)
-        least = block.error({name: found.dequantize() for name, found in start.items()}, kept)
-        generator = torch.Generator().manual_seed(self.seed)
-        every, misses = max(1, self.steps // LOOKS), 0
-        for step in range(self.steps):
-            batch = _draw(seen, self.batch_windows, generator)
-            _, gradients = block.gradient({name: codes.values() for name, codes in soft.items()}, batch)
-            left = 1 - step / self.steps  # rates fall linearly; their sum is half of the first times the steps
-            for name, codes in soft.items():
-                codes.step_(
-                    gradients[name],
-                    latent_rate=2 * self.rounding_rate / self.steps * left,
-                    scale_rate=self.scale_rate * left,
-                )
-            if (step + 1) % every and step + 1 < self.steps:
-                continue
-            error = block.error({name: codes.values() for name, codes in soft.items()}, kept)
-            misses = 0 if error < least else misses + 1
-            if error < least:
-                least, best = error, {name: codes.quantized() for name, codes in soft.items()}
-            if misses >= PATIENCE:
-                break
-        return best
+        return learned(start, soft, block, self)
+
+
+class Movable(Protocol[Made_co]):
+    """One linear's codes in motion."""
+
+    def values(self) -> Tensor:
+        """The weight that the codes stand for now, float32 [out, in]."""
+        ...
+
+    def quantized(self) -> Made_co:
+        """The codes as they are now."""
+        ...
+
+    def step_(self, gradient: Tensor, *, latent_rate: float, scale_rate: float) -> None:
+        """One step down the gradient [out, in]; rates in levels for codes, relative for scales."""
+        ...
+
+
+def learned(
+    start: Mapping[str, Codes], soft: Mapping[str, Movable[Codes]], block: BlockView, options: RoundingTuner
+) -> dict[str, Codes]:
+    """What has the least error on the windows held back, of the start and of where its codes in motion come by."""
+    seen, kept = split_windows(block.windows)
+    best = dict(start)
+    least = block.error({name: found.dequantize() for name, found in start.items()}, kept)
+    generator = torch.Generator().manual_seed(options.seed)
+    every, misses = max(1, options.steps // LOOKS), 0
+    for step in range(options.steps):
+        batch = _draw(seen, options.batch_windows, generator)
+        _, gradients = block.gradient({name: codes.values() for name, codes in soft.items()}, batch)
+        left = 1 - step / options.steps  # rates fall linearly; their sum is half of the first times the steps
+        for name, codes in soft.items():
+            codes.step_(
+                gradients[name],
+                latent_rate=2 * options.rounding_rate / options.steps * left,
+                scale_rate=options.scale_rate * left,
+            )
+        if (step + 1) % every and step + 1 < options.steps:
+            continue
+        error = block.error({name: codes.values() for name, codes in soft.items()}, kept)
+        misses = 0 if error < least else misses + 1
+        if error < least:
+            least, best = error, {name: codes.quantized() for name, codes in soft.items()}
+        if misses >= PATIENCE:
+            break
+    return best
 
 
 def split_windows(count: int) -> tuple[list[int], list[int]]:

@@ -111,15 +111,15 @@ def _rounded(values: Tensor, low: float, high: float, activations: Activations) 
     """The nearest values that codes for this range stand for, and the codes, float64."""
     found = InputScale.spanning(low, high, activations, torch.float64)
     point = 0.0 if found.zero_point is None else float(found.zero_point)
-    codes = (values / found.scale + point).clamp_(*activations.levels).round_()
+    codes = activations.round_(values / found.scale + point)
     return (codes - point) * found.scale, codes
 
 
 def _spread(counts: Tensor, codes: Tensor) -> Tensor:
     """Each code's counts, spread evenly over its bins that are not empty."""
-    places = (codes - codes.min()).long()
+    said, places = torch.unique(codes, return_inverse=True)
     filled = (counts > 0).double()
-    zeros = counts.new_zeros(int(places.max()) + 1)
+    zeros = counts.new_zeros(len(said))
     totals, bins = zeros.index_add(0, places, counts), zeros.index_add(0, places, filled)
     return (totals / bins.clamp(min=1))[places] * filled
 

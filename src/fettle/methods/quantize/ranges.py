@@ -10,9 +10,9 @@ anything is chosen with it: the stored scale is the one that was used. A group o
 every code at zero (on a grid without zero the smallest scale that there is); a scale too small for its type becomes the
 smallest that the type has.
 
-Scales of float8_e4m3fn have too little range for a model's weights: there the weight is divided by one float32 for the
-whole tensor first, max|w| / (highest level · 448), so that the largest scale is the largest that the type has (the NV
-layout); `in_tensor_units` does that around any solver.
+Scales of float8_e4m3fn have too little range for a model's weights: there the weight is multiplied by one float32 for
+the whole tensor first, highest level · 448 / max|w|, so that the largest scale is the largest that the type has (the NV
+layout, which stores this number); `in_tensor_units` does that around any solver.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def in_tensor_units(weight: Tensor, scheme: Scheme, solve: Callable[[Tensor], Qu
     if not bool(torch.isfinite(largest)):
         raise NonFiniteError(NOT_FINITE)
     top = max(-scheme.grid.levels[0], scheme.grid.levels[-1]) * torch.finfo(scheme.torch_scale_dtype).max
-    unit = largest / top if float(largest) > 0 else torch.ones_like(largest)
-    return replace(solve(weight.float() / unit), tensor_scale=unit.reshape(1))
+    unit = top / largest if float(largest) > 0 else torch.ones_like(largest)
+    if not bool(torch.isfinite(unit)):  # so small that every code but that of zero is out of reach
+        unit = torch.full_like(largest, torch.finfo(torch.float32).max)
+    return replace(solve(weight.float() * unit), tensor_scale=unit.reshape(1))
 
 
 NOT_FINITE = (

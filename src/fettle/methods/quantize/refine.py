@@ -64,7 +64,7 @@ def _around_the_rest(
     """`refine` for the codes alone: what they should be is the weight less the remainder, in units of its scale."""
     target = weight if quantized.remainder is None else less_remainder(weight, quantized.remainder)
     if quantized.tensor_scale is not None:
-        target = target.float() / quantized.tensor_scale
+        target = target.float() * quantized.tensor_scale
     bare = QuantizedTensor.of(quantized.codes, quantized.shared, quantized.scheme.codes_alone)
     better = refine(bare, target, gram, damping=damping, passes=passes)
     return replace(

@@ -9,14 +9,18 @@ by
 and multiplying the column by it changes nothing and leaves both with like ranges (alpha 1/2); the maxima are those of
 the calibration text and of all linears that read the channel.
 
-The paper rounds weights and activations to 8 bits. Here the weights are rescaled and rounded to nearest; activations
-stay as they are, now easy to round for whoever does. It is made for that, not for weights alone. Give it `bits: 8`,
-`group_size: none` for what the paper does with the weights.
+The paper rounds weights and activations to 8 bits. Here the weights are rescaled and then rounded to nearest or by
+GPTQ (`solver`); `activations` says what becomes of the inputs. It is made for those, not for weights alone. Give it
+`bits: 8`, `group_size: none` for what the paper does with the weights.
+
+With alpha 1 each channel is divided by its own maximum: that is a static scale for each input channel, folded into what
+feeds it. A product of integers cannot have one in any other place. Weights then bear all the differences between
+channels, which costs them more the fewer bits they have; GPTQ takes some of that back.
 
 Unlike the paper this also divides the values before the output projection and the up rows before the down projection,
 where nothing but a product stands between.
 
-Cost: a pass over the calibration text and one over the weights, then round to nearest.
+Cost: a pass over the calibration text and one over the weights, then the solver's.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from torch import Tensor
 from fettle.errors import NonFiniteError
 from fettle.methods.protocols import Rescaler
 from fettle.methods.quantize.fields import GridFields
+from fettle.methods.quantize.gptq import Gptq
 from fettle.methods.quantize.ranges import NOT_FINITE
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.tensors.quantized import QuantizedTensor
@@ -40,28 +45,36 @@ LARGEST = 1e4  # a factor's bound, both ways
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(GridFields):
-    """SmoothQuant's factors, which leave inputs easier to round, then round to nearest."""
+    """SmoothQuant's factors, which leave inputs easier to round, then round to nearest or GPTQ."""
 
     name: ClassVar[str] = "smoothquant"
     title: ClassVar[str] = "SmoothQuant"
     source: ClassVar[str] = "Xiao et al. 2022, https://arxiv.org/abs/2211.10438"
-    statistics: ClassVar[tuple[str, ...]] = ()
+    statistics: ClassVar[tuple[str, ...]] = ("gram", "drift")
     objective: ClassVar[str] = "weight_error"
 
     alpha: float = field(
         default=0.5,
         metadata={"help": "how much of the inputs' range goes to the weights", "minimum": 0.0, "maximum": 1.0},
     )
+    solver: Literal["round_to_nearest", "gptq"] = field(
+        default="round_to_nearest", metadata={"help": "what chooses the codes of the rescaled weights"}
+    )
     clip: Literal["none", "search"] = field(
         default="none", metadata={"help": "the full range of each group, or the one with the least squared error"}
     )
 
     def needs(self) -> tuple[str, ...]:
-        """No data for the codes."""
-        return ()
+        """What the solver looks at."""
+        return self._gptq().needs() if self.solver == "gptq" else ()
+
+    def _gptq(self) -> Gptq:
+        return Gptq(**{name: getattr(self, name) for name in GridFields.__dataclass_fields__}, clip=self.clip)
 
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
-        """The nearest codes of weight [out, in]; the walk rescaled it where it can be."""
+        """The solver's codes of weight [out, in]; the walk rescaled it where it can be."""
+        if self.solver == "gptq":
+            return self._gptq().compress(weight, statistics, dtype=dtype)
         return round_to_nearest(weight, self.scheme(dtype), clip=self.clip)
 
     def rescaler(self) -> Rescaler:

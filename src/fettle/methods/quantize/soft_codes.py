@@ -69,7 +69,7 @@ class SoftCodes:
         self._latent_adam = Adam(start.shape)
         self._width = self.scheme.group_width(weight.shape[1])
         self._gap = self._level_gap()
-        target = weight.float() if self._unit is None else weight.float() / self._unit
+        target = weight.float() if self._unit is None else weight.float() * self._unit
         chosen = dequantize_rows(start.codes, start.shared, self.scheme).float() / self._expanded(self._base)
         offset = target / self._expanded(self._base) - chosen
         # The level that the start chose stays the nearest; the weight's own place says to which side it leans.
@@ -104,8 +104,7 @@ class SoftCodes:
     def values(self) -> Tensor:
         """The weight that these codes stand for, float32 [out, in], exactly as a file's reader computes it."""
         shared = self.shared
-        values = dequantize_rows(self._codes(shared), shared, self.scheme).float()
-        return values if self._unit is None else values * self._unit
+        return dequantize_rows(self._codes(shared), shared.over(self._unit), self.scheme).float()
 
     def _codes(self, shared: Shared) -> Tensor:
         # The latent is in units of the scale, so that a moving scale alone changes no code.
@@ -126,7 +125,7 @@ class SoftCodes:
         """One step down; rates in levels for latents, relative for scales. gradient: ∂error/∂value, [out, in]."""
         shared = self.shared
         codes = self._codes(shared)
-        slope = gradient if self._unit is None else gradient * self._unit
+        slope = gradient if self._unit is None else gradient / self._unit
         values = dequantize_rows(codes, shared, self.scheme).float()
         if scale_rate > 0:
             self._move_shared_(slope, values, codes, scale_rate)

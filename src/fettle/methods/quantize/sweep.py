@@ -4,16 +4,22 @@
     corrected        the weight to approach, where the inputs have drifted
     solve            ranges, then codes; and what each row's error came to
     better_rows      of two solutions, the better one of each row
+    sweep            one tile of rows: rounds column after column, prunes them, or both; what solve and SparseGPT do
 
 The sweep knows its own error for nothing: with t_k what column k was rounded from, a row's error e·H·eᵀ is
 Σ_k (t_k - v_k)²·L_kk². The same L_kk² are the right importance of a column when its group's range is chosen: what its
 error will cost after the columns to come have made up for what they can.
+
+A pruned column is one that is rounded to zero: with a `Pruner` the sweep decides which weights go when it reaches them,
+from the weights as they are by then, and later columns make up for it as for any other error. With codes and a pruner
+both happen in one pass; with `Kept` in place of codes what stays keeps its value (SparseGPT, `methods/prune`).
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -113,17 +119,25 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, *, clip: str, activati
     importance[factor.order] = factor.pivots
     shared = choose_shared(weight, scheme, clip=clip, importance=importance)
     renewing = not activation_order and scheme.granularity != "tensor"
-    chooser = _Chooser(scheme=scheme, clip=clip, importance=importance) if renewing else None
-    tiles = [
-        _sweep(weight[rows], shared.rows(rows, scheme), factor, scheme, chooser)
-        for rows in (slice(start, start + ROW_TILE) for start in range(0, weight.shape[0], ROW_TILE))
-    ]
+    chooser = RangeChooser(scheme=scheme, clip=clip, importance=importance) if renewing else None
+    tiles = []
+    for rows in row_slices(weight.shape[0]):
+        tile = weight[rows]
+        columns = ColumnRounding(shared.rows(rows, scheme), scheme=scheme, rows=len(tile))
+        swept = sweep(tile, factor, columns, width=scheme.group_width(weight.shape[1]), chooser=chooser)
+        quantized = QuantizedTensor.of(swept.codes, columns.shared(), scheme)
+        tiles.append(Solution(quantized=quantized, errors=swept.errors))
     if renewing:
         shared = stack([tile.quantized.shared for tile in tiles])
     codes = torch.cat([tile.quantized.codes for tile in tiles])
     return Solution(
         quantized=QuantizedTensor.of(codes, shared, scheme), errors=torch.cat([tile.errors for tile in tiles])
     )
+
+
+def row_slices(out_features: int) -> list[slice]:
+    """The rows that are worked on together."""
+    return [slice(start, min(start + ROW_TILE, out_features)) for start in range(0, out_features, ROW_TILE)]
 
 
 def better_rows(one: Solution, other: Solution) -> QuantizedTensor:
@@ -137,12 +151,17 @@ def better_rows(one: Solution, other: Solution) -> QuantizedTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chooser:
+class RangeChooser:
     """How a group's range is chosen from weights that earlier columns have changed."""
 
     scheme: Scheme
     clip: str
     importance: Tensor  # [in]
+
+    @property
+    def width(self) -> int:
+        """Columns that share a range."""
+        return self.scheme.group_width(len(self.importance))
 
     def choose(self, weights: Tensor, columns: slice) -> Shared:
         """What is shared, [rows, 1], of one group's weights [rows, width], which are these columns."""
@@ -150,18 +169,81 @@ class _Chooser:
         return choose_shared(weights, one_group, clip=self.clip, importance=self.importance[columns])
 
 
-def _sweep(weight: Tensor, shared: Shared, factor: Factor, scheme: Scheme, chooser: _Chooser | None) -> Solution:
-    """Rounds every column of one tile of rows, [rows, in], with what [rows or 1, groups] share.
+class Pruner(Protocol):
+    """Decides for one tile of rows which weights go, `width` columns at a time, from left to right."""
 
-    With a chooser each group's range is chosen anew when its first column is reached (columns from left to right only).
+    @property
+    def width(self) -> int:
+        """Columns that are decided together."""
+        ...
+
+    def choose(self, weights: Tensor, importance: Tensor, columns: slice) -> Tensor:
+        """What stays of these columns, bool [rows, columns], from the weights as they are by now and what an error in
+        each column costs, [columns].
+        """
+        ...
+
+    def preview(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """What would stay of any columns, decided alone; it binds nobody."""
+        ...
+
+
+class Columns(Protocol):
+    """What a column becomes: codes of a grid (`ColumnRounding`), or what it is (`Kept`)."""
+
+    dtype: torch.dtype
+
+    def nearest(self, target: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """What is noted down, and the value that it stands for, [rows] each."""
+        ...
+
+    def renew_(self, group: int, shared: Shared) -> None:
+        """Puts another scale in one group's place."""
+        ...
+
+
+class Kept:
+    """No grid: a column stays what it is."""
+
+    dtype = torch.float32
+
+    def nearest(self, target: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """The value, twice."""
+        return target, target
+
+    def renew_(self, group: int, shared: Shared) -> None:
+        """There are no scales."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """One tile: codes (values with `Kept`) [rows, in], each row's error, and what stayed, bool [rows, in]."""
+
+    codes: Tensor
+    errors: Tensor
+    kept: Tensor | None
+
+
+def sweep(
+    weight: Tensor,
+    factor: Factor,
+    columns: Columns,
+    *,
+    width: int | None = None,
+    chooser: RangeChooser | None = None,
+    pruner: Pruner | None = None,
+) -> Swept:
+    """Rounds, or prunes, every column of one tile of rows, [rows, in].
+
+    With a chooser each group's range is chosen anew when its first column is reached, and with a pruner what stays of
+    its next columns is decided then (both for columns from left to right only).
     """
-    in_features = weight.shape[1]
-    columns = ColumnRounding(shared, scheme=scheme, rows=len(weight))
-    matrix = factor.matrix
+    matrix, in_features = factor.matrix, weight.shape[1]
     arranged = weight.float().T[factor.order]  # [in, rows]: a column is a contiguous row of it
     errors = torch.zeros_like(arranged)
-    codes = torch.empty(arranged.shape, dtype=torch.uint8)
-    width = scheme.group_width(in_features)
+    codes = torch.empty(arranged.shape, dtype=columns.dtype)
+    kept = None if pruner is None else torch.ones(arranged.shape, dtype=torch.bool)
+    group_width = width or (in_features if chooser is None else chooser.width)
     places, pivots = factor.order.tolist(), factor.pivots.tolist()
     cost = torch.zeros(len(weight))
     for stop in range(in_features, 0, -BLOCK):
@@ -169,18 +251,40 @@ def _sweep(weight: Tensor, shared: Shared, factor: Factor, scheme: Scheme, choos
         targets = arranged[start:stop] + matrix[stop:, start:stop].T @ errors[stop:]
         for place in range(stop - 1, start - 1, -1):
             column, target = places[place], targets[place - start]
-            if chooser is not None and column % width == 0:
-                changed = _changed_weights(arranged, errors, matrix, slice(max(0, place - width + 1), place + 1))
-                columns.renew_(column // width, chooser.choose(changed.flip(0).T, slice(column, column + width)))
-            code, value = columns.nearest(target, column // width)
+            if pruner is not None and kept is not None and column % pruner.width == 0:
+                span = slice(max(0, place - pruner.width + 1), place + 1)
+                changed = _changed_weights(arranged, errors, matrix, span).flip(0).T
+                chosen = pruner.choose(changed, factor.pivots[span].flip(0), _columns_of(span, in_features))
+                kept[span] = chosen.T.flip(0)
+            if chooser is not None and column % group_width == 0:
+                span = slice(max(0, place - group_width + 1), place + 1)
+                changed = _changed_weights(arranged, errors, matrix, span).flip(0).T
+                if pruner is not None and kept is not None:
+                    known = pruner.width % group_width == 0
+                    stays = kept[span].flip(0).T if known else pruner.preview(changed, factor.pivots[span].flip(0))
+                    changed = changed * stays  # a range holds zero anyway
+                columns.renew_(column // group_width, chooser.choose(changed, _columns_of(span, in_features)))
+            code, value = columns.nearest(target, column // group_width)
+            if kept is not None:
+                value = value * kept[place]
             codes[place] = code
             torch.sub(arranged[place], value, out=errors[place])
             missed = target - value
             cost.addcmul_(missed, missed, value=pivots[place])
             targets[: place - start].addr_(matrix[place, start:place], errors[place])
-    found = torch.empty_like(codes)
-    found[factor.order] = codes
-    return Solution(quantized=QuantizedTensor.of(found.T.contiguous(), columns.shared(), scheme), errors=cost)
+    return Swept(codes=_in_order(codes, factor), errors=cost, kept=None if kept is None else _in_order(kept, factor))
+
+
+def _columns_of(span: slice, in_features: int) -> slice:
+    """The columns at these places, where the last place is the leftmost column."""
+    return slice(in_features - span.stop, in_features - span.start)
+
+
+def _in_order(arranged: Tensor, factor: Factor) -> Tensor:
+    """[in, rows] by place → [rows, in] by column."""
+    found = torch.empty_like(arranged)
+    found[factor.order] = arranged
+    return found.T.contiguous()
 
 
 def _changed_weights(arranged: Tensor, errors: Tensor, matrix: Tensor, places: slice) -> Tensor:

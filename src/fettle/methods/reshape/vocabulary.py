@@ -75,7 +75,7 @@ class TrimVocabulary:
 
 def _tokenizer_files(subject: Subject) -> dict[str, dict[str, Any]]:
     """The folder's JSON files that name tokens by number, as the last view has them."""
-    replaced = subject.checkpoint.side_files if isinstance(subject.checkpoint, View) else {}
+    replaced = subject.checkpoint.side_files
     found: dict[str, dict[str, Any]] = {}
     for name in TRIMMED_FILES:
         path = subject.checkpoint.folder / name

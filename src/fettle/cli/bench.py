@@ -1,0 +1,140 @@
+"""`fettle bench`: how fast a model runs here, and how much of the machine that is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fettle.cli.options import Device, Generic, Json, Model, ReportPath
+from fettle.cli.output import console, emit_json, show, size, table
+from fettle.cli.recipe_choice import command_line
+from fettle.engine.runners import ENGINES, RunnerOptions
+from fettle.engine.speed import Measured, SpeedOptions, measure_speed, shares, weights_read
+from fettle.errors import UsageError, unknown_word
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
+from fettle.models.source import resolve
+from fettle.report.atomic import require_writable
+from fettle.report.speed import write_speed
+from fettle.workers import available_threads
+
+Threads = Annotated[int | None, typer.Option(metavar="N", help="How many threads compute; by default all.", min=1)]
+Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINES)}.")]
+Prompt = Annotated[int | None, typer.Option(metavar="N", help="Tokens of the prompt that is read.", min=1)]
+New = Annotated[int, typer.Option(metavar="N", help="Tokens that every sequence decodes.", min=2)]
+Batches = Annotated[str, typer.Option(metavar="N,N,…", help="How many sequences decode at the same time.")]
+Repetitions = Annotated[int, typer.Option(metavar="N", help="How often everything is measured.", min=1)]
+DEFAULTS = SpeedOptions()
+
+
+def run(
+    model: Model,
+    engine: Name = "torch",
+    threads: Threads = None,
+    prompt_tokens: Prompt = None,
+    new_tokens: New = DEFAULTS.new_tokens,
+    batches: Batches = "1,4,8,16",
+    repetitions: Repetitions = DEFAULTS.repetitions,
+    device: Device = "cpu",
+    generic: Generic = False,
+    report: ReportPath = None,
+    json: Json = False,
+) -> None:
+    """Measure how fast a model reads prompts and makes tokens, beside this machine's measured limits.
+
+    \b
+    Example:
+      fettle bench demo --threads 2
+    """
+    if engine not in ENGINES:
+        raise UsageError(unknown_word("engine", engine, ENGINES))
+    folder = resolve(model)
+    checkpoint = Checkpoint.open(folder)
+    anatomy = read_anatomy(checkpoint, generic=generic)
+    context = context_length(checkpoint.config)
+    options = SpeedOptions(
+        prompt_tokens=prompt_tokens or min(DEFAULTS.prompt_tokens, (context or DEFAULTS.prompt_tokens + 1) - 1),
+        new_tokens=new_tokens,
+        batches=_batches(batches),
+        repetitions=repetitions,
+    )
+    options.check()
+    if report is not None:
+        require_writable(report)
+    used = threads or available_threads()
+    runner = ENGINES[engine](
+        folder, RunnerOptions(cache_tokens=options.cache_tokens, threads=used, device=device, generic=generic)
+    )
+    read_bytes, weights = weights_read(checkpoint, anatomy)
+    found = measure_speed(runner, options, threads=used)
+    used_shares = shares(found, read_bytes, weights)
+    document = {
+        "model": model,
+        "engine": engine,
+        "threads": used,
+        "device": device,
+        "command_line": command_line(sys.argv[1:]),
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "repetitions": options.repetitions,
+        "weight_bytes": read_bytes,
+        **{name: _median(value) for name, value in found.items()},
+        **used_shares,
+        "spread": {name: _spread(value) for name, value in found.items()},
+        "report": report,
+    }
+    if report is not None:
+        write_speed(report, document)
+    if json:
+        emit_json("bench", document)
+        return
+    _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, read_bytes)
+    if report is not None:
+        print(f"Report: {report}")
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"--batches {text!r} is no list of numbers of sequences; give such as 1,4,8,16")
+    return found
+
+
+def _median(value: Measured | dict[int, Measured]) -> Any:
+    return value.median if isinstance(value, Measured) else {key: each.median for key, each in value.items()}
+
+
+def _spread(value: Measured | dict[int, Measured]) -> Any:
+    return value.spread if isinstance(value, Measured) else {key: each.spread for key, each in value.items()}
+
+
+def _print(
+    title: str, options: SpeedOptions, found: dict[str, Any], used: dict[str, float | None], read_bytes: int
+) -> None:
+    def row(name: str, value: Measured, unit: str, scale: float = 1.0) -> tuple[str, str, str]:
+        return name, f"{value.median * scale:,.4g} {unit}", f"{value.spread:.0%}"
+
+    rows = [
+        row(f"prefill of {options.prompt_tokens} tokens", found["prefill_tokens_per_second"], "tokens/s"),
+        row("time to the first token", found["time_to_first_token_seconds"], "ms", 1e3),
+        *(
+            row(f"decode, {batch} at once", value, "tokens/s")
+            for batch, value in found["decode_tokens_per_second"].items()
+        ),
+        row("memory of this machine, read", found["read_bytes_per_second"], "GB/s", 1e-9),
+        row("float32 products of this machine", found["float32_operations_per_second"], "Gop/s", 1e-9),
+        ("weights that a token needs", size(read_bytes), ""),
+        ("share of the memory, decode, 1 at once", _share(used["memory_bandwidth_share"]), ""),
+        ("share of the arithmetic, prefill", _share(used["arithmetic_share"]), ""),
+    ]
+    show(console(), table(title, ("", f"median of {options.repetitions}", "spread"), rows, right=(1, 2)))
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"

@@ -1,0 +1,123 @@
+"""Which runners there are, by name, and how an engine is opened with one: one line a runner.
+
+torch    the reference: transformers' model over a paged cache, on any device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fettle.engine.engine import Engine
+from fettle.engine.payoff import Payoff
+from fettle.engine.prompts import Vocabulary
+from fettle.engine.runner import Runner
+from fettle.engine.scheduler import SchedulerOptions
+from fettle.engine.speculative import Drafter, DraftModel, PromptLookup
+from fettle.engine.torch_runner import TorchRunner
+from fettle.errors import UsageError, unknown_word
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
+from fettle.models.loading import load
+from fettle.models.source import resolve
+
+DEFAULT_CACHE_TOKENS = 8192
+LOOKUP = "lookup"  # in place of a draft model: guess from the text itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerOptions:
+    """How a runner is opened.
+
+    Attributes:
+        page_size: tokens a page of the cache.
+        cache_tokens: how many tokens the cache holds; None: 8192, or the model's context where that is less.
+        threads: how many to compute with; None: as many as the library takes.
+        device: "cpu", "cuda" or "cuda:N".
+        generic: treat every linear of an unknown architecture alike.
+    """
+
+    page_size: int = 16
+    cache_tokens: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    generic: bool = False
+
+    def pages(self, context: int | None) -> int:
+        """How many pages the cache has, for a model with this context.
+
+        Raises:
+            UsageError: a number below 1.
+        """
+        for name, value in (
+            ("page_size", self.page_size),
+            ("cache_tokens", self.cache_tokens),
+            ("threads", self.threads),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        tokens = self.cache_tokens or min(DEFAULT_CACHE_TOKENS, context or DEFAULT_CACHE_TOKENS)
+        return -(-tokens // self.page_size)
+
+
+Opener = Callable[[Path, RunnerOptions], Runner]  # the folder of a checkpoint → its runner
+
+
+def open_torch_runner(folder: Path, options: RunnerOptions) -> Runner:
+    """The reference runner."""
+    pages = options.pages(context_length(Checkpoint.open(folder).config))
+    loaded = load(folder, device=options.device, generic=options.generic)
+    return TorchRunner(loaded, pages=pages, page_size=options.page_size, threads=options.threads)
+
+
+ENGINES: dict[str, Opener] = {"torch": open_torch_runner}
+
+
+def open_engine(
+    model: str | Path,
+    *,
+    engine: str = "torch",
+    runner: RunnerOptions | None = None,
+    scheduler: SchedulerOptions | None = None,
+    draft: str | Path | None = None,
+    draft_tokens: int = 4,
+) -> Engine:
+    """An engine that serves a model.
+
+    Args:
+        model: "demo", a folder or a hub id, compressed or not.
+        engine: the runner's name, a key of `ENGINES`.
+        runner: how it is opened: cache, threads, device.
+        scheduler: how much runs at once.
+        draft: what guesses tokens: a smaller model with the same vocabulary, "lookup" for the text itself, or nothing.
+        draft_tokens: how many are guessed at most.
+
+    Raises:
+        UsageError: a name or number that cannot be, an encoder, or a draft model with another vocabulary.
+        ModelError: damaged files.
+    """
+    if engine not in ENGINES:
+        raise UsageError(unknown_word("engine", engine, ENGINES))
+    folder, options = resolve(model), runner or RunnerOptions()
+    opened = ENGINES[engine](folder, options)
+    drafter = payoff = None
+    if draft is not None:
+        drafter, payoff = open_drafter(draft, opened, engine, options), Payoff(draft_tokens)
+    vocabulary = Vocabulary.of_folder(folder, generic=options.generic)
+    return Engine(opened, vocabulary, scheduler, drafter=drafter, payoff=payoff)
+
+
+def open_drafter(draft: str | Path, target: Runner, engine: str, options: RunnerOptions) -> Drafter:
+    """What guesses for `target`: "lookup" or a draft model with a cache of the same pages."""
+    if draft == LOOKUP:
+        return PromptLookup()
+    shape = target.shape
+    alike = RunnerOptions(
+        page_size=shape.page_size,
+        cache_tokens=shape.pages * shape.page_size,
+        threads=options.threads,
+        device=options.device,
+        generic=options.generic,
+    )
+    return DraftModel(ENGINES[engine](resolve(draft), alike), target)

@@ -1,0 +1,12 @@
+"""Methods that choose what goes: masks, with the shapes left as they are. One import line registers a method.
+
+Movement scores, which watch weights while they train, belong to training and are not here.
+"""
+
+from __future__ import annotations
+
+from fettle.methods.prune.activity import ActivationSparsity as ActivationSparsity
+from fettle.methods.prune.magnitude import Magnitude as Magnitude
+from fettle.methods.prune.sparsegpt import SparseGpt as SparseGpt
+from fettle.methods.prune.taylor import Taylor as Taylor
+from fettle.methods.prune.wanda import Wanda as Wanda
