@@ -11,7 +11,7 @@ import fettle
 
 
 @pytest.mark.parametrize(
-    "name", ["compress", "diagnose", "evaluate", "generate", "inspect", "load", "open_engine", "plan"]
+    "name", ["compress", "diagnose", "evaluate", "generate", "inspect", "load", "open_engine", "plan", "train"]
 )
 def test_every_call_is_a_documented_function(name: str) -> None:
     call = getattr(fettle, name)

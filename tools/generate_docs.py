@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fettle.cli.method_pages import describe_methods
+from fettle.cli.method_pages import describe_methods, describe_training
 from fettle.methods.registry import BASES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
@@ -30,16 +30,26 @@ would need code at run time (of the down projection's inputs, of cached keys) ar
 at the model as it is. Adapters and draft heads made for the original do not fit the rotated model."""
 
 
+TRAINING = """# Training methods
+
+Each field is a key of a chain's stage (`train: NAME`) and a flag of `fettle train --method NAME`.
+"""
+
+
 def section(method: dict[str, Any]) -> str:
     """One method's part of the page."""
-    needs = ", ".join(f"`{name}`" for name in method["statistics"]) or "nothing but weights"
-    about = f"Minimizes: `{method['objective']}`. Needs: {needs}."
+    told = f"{method['title']}. Source: {method['source']}."
+    if "objective" in method:
+        needs = ", ".join(f"`{name}`" for name in method["statistics"]) or "nothing but weights"
+        told += f" Minimizes: `{method['objective']}`. Needs: {needs}."
     if method["name"] in BASES:
-        about = WHOLE_MODEL.format(**method, switch=BASES[method["name"]].switch)
+        told = f"{method['title']}. Source: {method['source']}. " + WHOLE_MODEL.format(
+            **method, switch=BASES[method["name"]].switch
+        )
     lines = [
         f"## `{method['name']}`",
         "",
-        f"{method['title']}. Source: {method['source']}. {about}",
+        told,
         "",
         "| field | flag | type | default | what |",
         "| --- | --- | --- | --- | --- |",
@@ -52,7 +62,9 @@ def section(method: dict[str, Any]) -> str:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *(section(method) + "\n" for method in describe_methods())])
+    compressing = [section(method) + "\n" for method in describe_methods()]
+    training = [section(method) + "\n" for method in describe_training()]
+    return "\n".join([HEAD, *compressing, TRAINING, *training])
 
 
 def main() -> int:

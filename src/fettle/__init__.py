@@ -1,6 +1,6 @@
 """fettle: makes a pretrained language model small, fast and cheap to run, and proves what that cost.
 
-Four calls: `load`, `compress`, `evaluate`, `generate`; and those that look and write nothing: `plan`, `inspect`,
+Five calls: `load`, `compress`, `train`, `evaluate`, `generate`; those that look and write nothing: `plan`, `inspect`,
 `diagnose`, `evaluate_cache`; `open_engine` serves many requests at once. They are imported when they are first used, so
 that `import fettle` costs nothing.
 """
@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "open_engine",
     "plan",
+    "train",
 ]
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         load,
         open_engine,
         plan,
+        train,
     )
 
 

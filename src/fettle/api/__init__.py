@@ -1,5 +1,5 @@
-"""The library in four calls: `load`, `compress`, `evaluate`, `generate`; the three that look first: `plan`, `inspect`,
-`diagnose`; and `open_engine`, which serves many requests at once.
+"""The library in five calls: `load`, `compress`, `train`, `evaluate`, `generate`; the three that look first: `plan`,
+`inspect`, `diagnose`; and `open_engine`, which serves many requests at once.
 
 import fettle
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from fettle.api.compressing import Compression, compress
 from fettle.api.questions import diagnose, evaluate, evaluate_cache, generate, inspect, load, plan
+from fettle.api.training import Training, train
 from fettle.engine.asynchronous import AsyncEngine
 from fettle.engine.engine import Completion, Engine, Update
 from fettle.engine.runners import RunnerOptions, open_engine
@@ -31,6 +32,7 @@ __all__ = [
     "RunnerOptions",
     "Sampling",
     "SchedulerOptions",
+    "Training",
     "Update",
     "compress",
     "diagnose",
@@ -41,4 +43,5 @@ __all__ = [
     "load",
     "open_engine",
     "plan",
+    "train",
 ]

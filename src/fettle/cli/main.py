@@ -27,6 +27,7 @@ from fettle.errors import FettleError, InterruptedRunError, ResourceError, Usage
 VERBS = {
     "plan": "Predict bytes, memory and time; try one block.",
     "compress": "Make a model smaller; resumes where it was stopped.",
+    "train": "Distil, heal, train codes or adapters; resumes as well.",
     "evaluate": "Measure a written model, alone or against its original.",
     "generate": "Complete a prompt, or talk.",
     "bench": "Measure how fast a model runs here.",

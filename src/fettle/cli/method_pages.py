@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 from fettle.cli.flags import default_words, flag_name, metavar
 from fettle.methods.protocols import RescalingMethod
 from fettle.methods.registry import BASES, EVERY_METHOD
+from fettle.methods.train import TRAIN_METHODS
 
 _ALL: dict[str, type[Any]] = {**EVERY_METHOD, **BASES}
 
@@ -24,6 +25,14 @@ def describe_methods() -> list[dict[str, Any]]:
             "fields": _fields(cls, f"{cls.switch}_" if name in BASES else ""),
         }
         for name, cls in _ALL.items()
+    ]
+
+
+def describe_training() -> list[dict[str, Any]]:
+    """One entry a training method: name, title, source and fields."""
+    return [
+        {"name": name, "title": cls.title, "source": cls.source, "fields": _fields(cls, "")}
+        for name, cls in TRAIN_METHODS.items()
     ]
 
 

@@ -16,12 +16,13 @@ NONE = "–"
 def quality_table(summary: Mapping[str, Any]) -> Table:
     """The one table of a compression: size, bits, perplexity, KL, agreement, seconds, memory; before and after."""
     found = summary["evaluation"] or {}
+    what = "train" if summary.get("kind") == "training" else "compress"
     rows = [
         ("size of the weights' files", size(summary["base"]["bytes"]), size(summary["output"]["bytes"])),
         *evaluation_rows(found),
         *_budget_rows(summary.get("budget")),
-        ("seconds to compress", NONE, number(summary["seconds"])),
-        ("peak memory to compress", NONE, size(summary["peak_memory_bytes"])),
+        (f"seconds to {what}", NONE, number(summary["seconds"])),
+        (f"peak memory to {what}", NONE, size(summary["peak_memory_bytes"])),
     ]
     return table("", ("", "before", "after"), rows, right=(1, 2))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fettle.kernels import explain, find
+from fettle.layers.packed_product import PackedProduct
 from fettle.tensors.weights import CompressedWeight, WeightScheme, kernel_format, weight_from_state
 
 
@@ -59,7 +60,13 @@ class QuantizedLinear(nn.Module):
         return self.quantized.dequantize(dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] → [..., out], in the inputs' type."""
+        """[..., in] → [..., out], in the inputs' type; gradients pass to the inputs (`packed_product.py`)."""
+        if not (torch.is_grad_enabled() and inputs.requires_grad):
+            return self._multiply(inputs)
+        product: Tensor = PackedProduct.apply(inputs, self.bias, self._multiply, lambda: self.quantized)  # type: ignore[no-untyped-call]
+        return product
+
+    def _multiply(self, inputs: Tensor) -> Tensor:
         kernel = find("linear", kernel_format(self.scheme, self.storage), inputs.device.type)
         return kernel.run(inputs, self._state(), self.scheme, self.bias)
 

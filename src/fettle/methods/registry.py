@@ -20,7 +20,6 @@ from fettle.methods.protocols import BasisMethod, MatrixMethod, SettledMethod
 from fettle.methods.reshape.subject import ModelMethod
 
 Method = MatrixMethod | ModelMethod
-AnyMethod = TypeVar("AnyMethod", bound=MatrixMethod | ModelMethod | BasisMethod)
 
 
 def _classes(verb: str, *rooms: types.ModuleType) -> dict[str, Any]:
@@ -35,6 +34,7 @@ METHODS: dict[str, type[MatrixMethod]] = _classes("compress", quantize, prune, f
 MODEL_METHODS: dict[str, type[ModelMethod]] = _classes("reshape", reshape)
 EVERY_METHOD: dict[str, type[Method]] = {**METHODS, **MODEL_METHODS}
 BASES: dict[str, type[BasisMethod]] = _classes("residual_map", quantize)
+Built = TypeVar("Built")
 
 
 def get(name: str) -> type[Method]:
@@ -85,23 +85,32 @@ def from_fields(name: str, mapping: Mapping[str, Any]) -> Method:
     Raises:
         RecipeError: an unknown method or field (with the nearest spelling), or a value that cannot be.
     """
-    return _from_fields(get(name), mapping)
+    return build(get(name), mapping)
 
 
 def basis_from_fields(name: str, mapping: Mapping[str, Any]) -> BasisMethod:
     """The same of a method for the whole model; `name` is one of `BASES`."""
-    return _from_fields(BASES[name], mapping)
+    return build(BASES[name], mapping)
 
 
-def _from_fields(cls: type[AnyMethod], mapping: Mapping[str, Any]) -> AnyMethod:
-    fields = [field.name for field in dataclasses.fields(cls)]
+def build(cls: type[Built], mapping: Mapping[str, Any]) -> Built:
+    """A checked instance of any method's dataclass from plain values; what is not given keeps its default.
+
+    Raises:
+        RecipeError: an unknown field (with the nearest spelling), or a value that cannot be.
+    """
+    fields = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
     for key in mapping:
         if key not in fields:
-            raise RecipeError(unknown_word(f"field of the method {cls.name}", str(key), fields))
+            raise RecipeError(unknown_word(f"field of the method {_name(cls)}", str(key), fields))
     hints = get_type_hints(cls)
     method = cls(**{key: _plain(value, hints[key]) for key, value in mapping.items()})
-    validate(method)
+    validate(typing.cast(Any, method))
     return method
+
+
+def _name(cls: type) -> str:
+    return str(getattr(cls, "name", cls.__name__))
 
 
 def _plain(value: Any, hint: Any) -> Any:

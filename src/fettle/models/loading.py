@@ -47,8 +47,9 @@ def load(
     dtype: torch.dtype = torch.float32,
     generic: bool = False,
     verify: bool = True,
+    dense: bool = False,
 ) -> LoadedModel:
-    """Loads `model` ("demo", a folder or a hub id), compressed or not, for running.
+    """Loads `model` ("demo", a folder or a hub id), compressed or not, for running; `dense` decodes every matrix.
 
     Raises `ModelError` (`CheckpointError` for damage, `UnknownFamilyError`, `NonFiniteError`), naming the tensor.
     """
@@ -58,7 +59,7 @@ def load(
         checkpoint.verify_hashes()
     anatomy = read_anatomy(checkpoint, generic=generic)
     tree = build_tree(checkpoint, anatomy, dtype, device)
-    _Filler(checkpoint, anatomy, tree, torch.device(device), dtype).fill()
+    _Filler(checkpoint, anatomy, tree, torch.device(device), dtype, dense).fill()
     return LoadedModel(_with_generation_settings(tree, folder), _tokenizer(folder), anatomy, folder)
 
 
@@ -92,9 +93,16 @@ class _Filler:
     """Fills one tree from one checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, anatomy: Anatomy, tree: nn.Module, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        anatomy: Anatomy,
+        tree: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        dense: bool,
     ) -> None:
         self.checkpoint, self.anatomy, self.tree, self.device, self.dtype = checkpoint, anatomy, tree, device, dtype
+        self.dense = dense
         self.stored = stored_schemes(checkpoint, anatomy)
 
     @torch.no_grad()
@@ -121,7 +129,8 @@ class _Filler:
 
     def _place_linear(self, linear: Linear, stored: StoredScheme | None) -> None:
         path = linear.slot.parameter.removesuffix(".weight")
-        if stored is not None and linear.slot.index is None and type(self.tree.get_submodule(path)) is nn.Linear:
+        is_module = linear.slot.index is None and type(self.tree.get_submodule(path)) is nn.Linear
+        if stored is not None and is_module and not self.dense:
             self._swap(path, linear, stored)
             return
         weight = read_weight(self.checkpoint, linear, stored).to(self.device, self.dtype)  # [out, in]

@@ -14,8 +14,8 @@ else.
 
 Why a view: the walk, the second copy of a block, statistics, a budget's search and what is copied unchanged all read
 the base through `Checkpoint`. Seen through this, the base *is* the rotated model, and nobody else needs to know. What
-is rotated may itself be a view of another shape (`view.py`). Every tensor is a pure function of the files and of R, so a
-resumed run reads the same bytes; memory stays one tensor above what the walk needs anyway.
+is rotated may itself be a view of another shape (`view.py`). Every tensor is a pure function of the files and of R, so
+a resumed run reads the same bytes; memory stays one tensor above what the walk needs anyway.
 
 What is kept is written in the type of its tensor, so a bfloat16 model's embedding, head and routers are rounded once
 more; what is compressed is read in float32 (`in_float32`). A tied head gets a tensor of its own, as the final norm goes

@@ -35,7 +35,7 @@ from fettle.methods.protocols import BasisMethod, LabelledMethod, MatrixMethod
 from fettle.methods.registry import Method
 from fettle.methods.reshape.subject import ModelMethod
 from fettle.models.anatomy import Anatomy
-from fettle.pipeline.recipe_yaml import load_yaml, refuse_unknown
+from fettle.pipeline.recipe_yaml import parse_file, refuse_unknown
 from fettle.pipeline.where import Where, parse_where
 from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Scheme
@@ -131,11 +131,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
         raise RecipeError(
             f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
         )
-    try:
-        return parse_recipe(load_yaml(path.read_text(encoding="utf-8")), str(path))
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
-        raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
+    return parse_file(path, parse_recipe)
 
 
 def shipped_recipes() -> list[Path]:
@@ -151,6 +147,8 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
     """
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: a recipe is a mapping with the key 'steps', got {type(mapping).__name__}")
+    if "stages" in mapping:
+        raise RecipeError(f"{origin}: this is a chain of stages, which train; run it with: fettle train --recipe")
     refuse_unknown(mapping, ("name", "calibration", "storage", "allocation", "steps"), origin, "recipe key")
     steps = mapping.get("steps")
     if not isinstance(steps, list) or not steps:

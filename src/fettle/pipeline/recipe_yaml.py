@@ -1,4 +1,4 @@
-"""What a recipe's YAML may be: plain types, each key once, and no key that nobody knows.
+"""What the YAML of a recipe or a chain may be: plain types, each key once, and no key that nobody knows.
 
 YAML's own rules let mistakes pass: of a key that stands twice the last one wins, `2:4` is a number to the base of
 sixty, and an escape can spell half a character, which no file can hold.
@@ -6,22 +6,28 @@ sixty, and an escape can spell half a character, which no file can hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
 from fettle.errors import RecipeError, unknown_word
 
+Parsed = TypeVar("Parsed")
 
-def load_yaml(text: str) -> Any:
-    """The plain values that a text spells.
+
+def parse_file(path: Path, parse: Callable[[Any, str], Parsed]) -> Parsed:
+    """What `parse` makes of a YAML file's plain values; it gets them and the path, for its errors.
 
     Raises:
-        yaml.YAMLError: no YAML, or a key that stands twice.
-        ValueError: half a character; a date that cannot be.
+        RecipeError: no YAML, a key that stands twice, or what `parse` refuses.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return parse(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
+        raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
 
 
 def refuse_unknown(mapping: Mapping[str, Any], allowed: Iterable[str], origin: str, kind: str) -> None:

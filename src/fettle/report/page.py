@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from fettle.errors import UsageError
 from fettle.report.atomic import write_atomically
+from fettle.report.curves import curve_plots
 from fettle.report.plots import bars, histogram, lines, rows
 from fettle.report.tables import NONE, comparison, figures, kl_shares, names, role_errors, verdict, warning
 
@@ -111,7 +112,8 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
         "warning": warning(document),
         "figures": table,
         "has_original": any(before != NONE for lines in table.values() for _, before, _ in lines),
-        "after": "compressed" if document.get("kind") == "compression" else "measured",
+        "after": {"compression": "compressed", "training": "trained"}.get(str(document.get("kind")), "measured"),
+        "curves": curve_plots(document.get("stages") or []),
         "by_block": _block_plot(found),
         "by_role": _role_plot(document),
         "histogram": _histogram_plot(found),

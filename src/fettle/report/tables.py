@@ -48,9 +48,10 @@ def figures(document: Mapping[str, Any]) -> dict[str, list[Row]]:
             row = (label, NONE if original is None else form.format(original), form.format(found[key]))
             rows["Size" if key in SIZES else "Quality"].append(row)
     rows |= {"Budget": budget_figures(document["budget"])} if document.get("budget") else {}
-    if document.get("kind") == "compression":
-        rows["Cost"].append(("Time to compress", NONE, f"{document['seconds']:.1f} s"))
-        rows["Cost"].append(("Peak memory to compress", NONE, size(document["peak_memory_bytes"])))
+    what = {"compression": "compress", "training": "train"}.get(str(document.get("kind")))
+    if what is not None:
+        rows["Cost"].append((f"Time to {what}", NONE, f"{document['seconds']:.1f} s"))
+        rows["Cost"].append((f"Peak memory to {what}", NONE, size(document["peak_memory_bytes"])))
     if found.get("seconds"):
         rows["Cost"].append(("Time to measure", NONE, f"{found['seconds']:.1f} s"))
         rows["Cost"].append(("Peak memory to measure", NONE, size(found.get("peak_memory_bytes"))))

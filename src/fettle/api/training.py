@@ -1,0 +1,273 @@
+"""`train`: a model through a chain of stages, each resumable, to a written and measured folder and its page.
+
+`OUT.run/stages/` holds everything that the stages leave to each other: `01-distill/` the folder that a stage wrote,
+`01-distill.run/` its checkpoints, curve and teacher's answers, `01-distill.json` that it is done. A killed chain goes
+on in the stage, and there at the checkpoint, where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fettle.api.compressing import EVALUATION_TOKENS, compress
+from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import evaluation_windows, read_text
+from fettle.errors import UsageError
+from fettle.evaluate.memory import peak_memory_bytes, restart_peak
+from fettle.evaluate.result import Evaluation
+from fettle.evaluate.streaming import evaluate as evaluate_streaming
+from fettle.methods.train import TrainMethod
+from fettle.methods.train.curve import CHECKPOINTS, Curve
+from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
+from fettle.methods.train.training import TrainJob
+from fettle.methods.train.training import train as train_stage
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
+from fettle.models.source import resolve
+from fettle.models.writer import write_json
+from fettle.pipeline.chain import Chain, Stage, load_chain
+from fettle.pipeline.journal import Journal, locked, refuse_foreign, run_folder
+from fettle.pipeline.run import (
+    MARKER,
+    check_device,
+    display_name,
+    refuse_inside,
+    require_context,
+    stop_on_signals,
+    versions,
+)
+from fettle.progress import Progress, Silent
+from fettle.report.atomic import require_writable
+from fettle.report.page import write_report
+
+STAGES, ADAPTER = "stages", "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What `train` did: the written folder, its measurement (None where it was left out, or is an adapter), summary."""
+
+    folder: Path
+    evaluation: Evaluation | None
+    summary: dict[str, Any]
+    report_path: Path
+
+
+def train(
+    model: str | Path,
+    output: str | Path,
+    chain: Chain | str | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    fresh: bool = False,
+    evaluate: bool = True,
+    generic: bool = False,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Training:
+    """Trains a model through a chain of stages and writes a folder: a checkpoint, or an adapter in PEFT's format.
+
+    A run that was killed goes on where it stopped when it is called again with the same arguments, and writes the same
+    bytes as an undisturbed one, on the same number of threads (and unless minutes end it).
+
+    Args:
+        model: a local folder, a hub id, or "demo"; where no teacher is named, it is the teacher.
+        output: the folder to write; beside it, `OUTPUT.run/` keeps stages, checkpoints, curves and the page.
+        chain: a Chain, a YAML file, or the name of a shipped chain.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: torch's threads while it trains; None leaves them as they are.
+        fresh: start over instead of resuming.
+        evaluate: measure the written model against `model`.
+        generic: treat every linear of an unknown architecture alike.
+        report: where the page goes; None: `OUTPUT.run/report.html`.
+        progress: told how far it is.
+        command: the command that reproduces this, for the page.
+
+    Raises:
+        UsageError, ModelError, ResourceError, InterruptedRunError: see `fettle.errors`.
+    """
+    progress, output, started = progress or Silent(), Path(output), time.monotonic()
+    restart_peak()
+    chosen = chain if isinstance(chain, Chain) else load_chain(chain)
+    check_device(device)
+    page = Path(report) if report is not None else run_folder(output) / "report.html"
+    if report is not None:
+        require_writable(page)
+    folder = resolve(model)
+    refuse_inside(folder, output)
+    stages = run_folder(output) / STAGES
+    if not (stages / "identity.json").is_file():
+        refuse_foreign(output)
+    checkpoint = Checkpoint.open(folder)
+    for stage in chosen.stages:
+        if stage.method is not None:
+            require_context(checkpoint.config, getattr(stage.method, "length", 0), "length")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with stop_on_signals(output), _held(stages):
+            _begin(stages, output, _identity(chosen, checkpoint, device), fresh=fresh)
+            lines = [
+                _run_stage(chosen, number, model, output, stages, (device, threads, generic), progress)
+                for number in range(len(chosen.stages))
+            ]
+            summary = _summary(chosen, model, checkpoint, output, lines)
+            summary |= {"seconds": sum(line["seconds"] for line in lines), "peak_memory_bytes": peak_memory_bytes()}
+            summary["command"] = command or ""
+            if evaluate and not (output / ADAPTER).is_file() and is_main_process():
+                summary["evaluation"] = _measure(folder, output, checkpoint, device, generic, progress).to_json()
+            if is_main_process():
+                write_json(run_folder(output) / "training.json", summary)
+                write_report(page, [summary])
+    finally:
+        torch.set_num_threads(before)
+    summary["sitting_seconds"] = round(time.monotonic() - started, 3)
+    found = summary["evaluation"]
+    return Training(
+        folder=output, evaluation=Evaluation.from_json(found) if found else None, summary=summary, report_path=page
+    )
+
+
+def _held(stages: Path) -> Any:
+    """The lock of a run; processes that torchrun started beside the first work under its."""
+    import contextlib
+
+    return locked(stages) if is_main_process() else contextlib.nullcontext()
+
+
+def _identity(chain: Chain, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
+    """What a resumed run must have been started with."""
+    texts = {}
+    for stage in chain.stages:
+        for name in ("text", "replay") if stage.method is not None else ():
+            path = getattr(stage.method, name)
+            if name == "text" or path is not None:
+                texts[str(path)] = read_text(path).sha256
+    told = chain.to_dict()
+    return {
+        "model": checkpoint.file_hashes(),
+        "chain": json.loads(json.dumps(told)),
+        "texts": hashlib.sha256(json.dumps(sorted(texts.values())).encode()).hexdigest(),
+        "device": torch.device(device).type,
+        "versions": {name: versions()[name] for name in ("fettle", "torch", "transformers")},
+    }
+
+
+def _begin(stages: Path, output: Path, identity: dict[str, Any], *, fresh: bool) -> None:
+    """Refuses another run's stages, or removes them.
+
+    Raises:
+        ResumeError: they were begun with something else.
+        UsageError: the output holds a model that this run did not write.
+    """
+    if not is_main_process():
+        return
+    journal, known = Journal(stages), (stages / "identity.json").is_file()
+    if known and fresh:
+        for path in stages.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+        Journal(run_folder(output)).clear(output)
+    elif known:
+        journal.refuse_changes(identity)
+    elif output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"the output {output} holds a model that no training wrote there; name another folder")
+    write_json(stages / "identity.json", identity)
+
+
+def _run_stage(
+    chain: Chain, number: int, model: str | Path, output: Path, stages: Path, how: tuple[str, int | None, bool],
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs one stage, unless it is done; returns what it was and cost."""
+    stage, device, generic = chain.stages[number], how[0], how[2]
+    source = model if number == 0 else stages / _stage_name(chain, number - 1)
+    name = _stage_name(chain, number)
+    target = output if number == len(chain.stages) - 1 else stages / name
+    done = stages / f"{name}.json"
+    if done.is_file() and any((target / x).is_file() for x in (MARKER, ADAPTER)):
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    line: dict[str, Any] = {"name": name, "stage": stage.name, "curve": None}
+    started = time.monotonic()
+    if stage.method is not None:
+        curve = _train(stage.method, source, model, target, stages / f"{name}.run", device, generic, progress)
+        line |= {"curve": curve.to_json(), "seconds": curve.seconds}
+    elif is_main_process():
+        _compress(stage, source, target, how, progress)
+    line.setdefault("seconds", round(time.monotonic() - started, 3))
+    if is_main_process():
+        write_json(done, line)
+        shutil.rmtree(stages / f"{name}.run" / CHECKPOINTS, ignore_errors=True)  # nobody goes back behind a stage
+    process_group(device)
+    wait_for_all()  # the next stage reads what the first process wrote
+    return line
+
+
+def _stage_name(chain: Chain, number: int) -> str:
+    return f"{number + 1:02d}-{chain.stages[number].name}"
+
+
+def _train(
+    method: TrainMethod, source: str | Path, original: str | Path, target: Path, folder: Path, device: str,
+    generic: bool, progress: Progress,
+) -> Curve:  # fmt: skip
+    job = TrainJob(
+        model=source, original=original, output=target, folder=folder, base_name=display_name(source), device=device,
+        generic=generic, progress=progress,
+    )  # fmt: skip
+    return train_stage(method, job)
+
+
+def _compress(
+    stage: Stage, source: str | Path, target: Path, how: tuple[str, int | None, bool], progress: Progress
+) -> None:
+    assert stage.recipe is not None
+    device, threads, generic = how
+    compress(
+        source, target, stage.recipe, device=device, threads=threads, evaluate=False, generic=generic, progress=progress
+    )
+
+
+def _measure(
+    folder: Path, output: Path, checkpoint: Checkpoint, device: str, generic: bool, progress: Progress
+) -> Evaluation:
+    """On held-out text, against the model that the chain began with; a student may have fewer blocks than that."""
+    length = min(512, context_length(checkpoint.config) or 512)
+    text = read_text(None, variant="heldout")
+    windows = evaluation_windows(load_tokenizer(output), text, length=length, max_tokens=EVALUATION_TOKENS)
+    return evaluate_streaming(output, folder, windows, device=device, generic=generic, reshaped=True, progress=progress)
+
+
+def _summary(
+    chain: Chain, model: str | Path, checkpoint: Checkpoint, output: Path, lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Plain data for the page: what was run, and its curves; not measured yet."""
+    return {
+        "schema": 1,
+        "kind": "training",
+        "model": display_name(model),
+        "base": {"name": display_name(model), "bytes": _bytes(checkpoint.folder / x for x in checkpoint.shards)},
+        "output": {"folder": str(output), "bytes": _bytes(output.glob("*.safetensors")), "hashes": {}},
+        "recipe": {"name": chain.name},
+        "recipe_yaml": chain.to_yaml(),
+        "stages": lines,
+        "versions": versions(),
+        "evaluation": None,
+    }  # fmt: skip
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)

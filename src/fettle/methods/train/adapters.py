@@ -1,0 +1,281 @@
+"""Adapters by PEFT: a few new parameters learn beside a base that stays as it is, byte for byte.
+
+    lora     W + (α / r) · B A                          Hu et al. 2021, https://arxiv.org/abs/2106.09685
+    rslora   W + (α / √r) · B A                         Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+    dora     m · (W + (α / r) · B A) / ‖…‖              Liu et al. 2024, https://arxiv.org/abs/2402.09353
+    ia3      keys, values and MLP inputs times a vector     Liu et al. 2022, https://arxiv.org/abs/2205.05638
+    prompt   virtual tokens in front                    Lester et al. 2021, https://arxiv.org/abs/2104.08691
+    prefix   virtual keys and values in every block     Li & Liang 2021, https://arxiv.org/abs/2101.00190
+
+The base may be in full precision or stored as codes in any of fettle's schemes (QLoRA, Dettmers et al. 2023,
+https://arxiv.org/abs/2305.14314): the codes stay packed, and gradients pass through their product. What is written is
+PEFT's own format; with `merge` it is instead a dense model, base and adapter as one, which a later stage of a chain may
+quantize again (what that costs is measured on its files, like everything).
+
+On a base of codes `start: residual` begins with what the codes lost of the original, at rank r, by one singular value
+decomposition (LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659, with one of its rounds) in place of zero.
+
+Cost: the base once, as stored; of the adapter values, gradients and two moments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from fettle.errors import CheckpointError, RecipeError, UsageError
+from fettle.layers import QuantizedLinear
+from fettle.methods.train.options import LoopFields, SignalFields
+from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.writing import write_trained
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint, file_sha256
+from fettle.models.loading import LoadedModel, load
+from fettle.models.parts import Linear
+from fettle.models.source import resolve
+from fettle.models.storage import read_weight
+from fettle.models.writer import write_json
+
+Kind = Literal["lora", "rslora", "dora", "ia3", "prompt", "prefix"]
+VIRTUAL = ("prompt", "prefix")
+ROLES = {
+    "attention": ("query", "key", "value", "query_key_value", "output"),
+    "mlp": ("gate", "up", "down", "gate_up"),
+}
+RECORD = "fettle_adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(LoopFields, SignalFields):
+    """A few new parameters beside an untouched base: LoRA and its kin, IA3, prompt and prefix tuning."""
+
+    name: ClassVar[str] = "adapter"
+    title: ClassVar[str] = "Adapters (PEFT)"
+    source: ClassVar[str] = "LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; the other kinds' in adapters.py"
+
+    kind: Kind = field(default="lora", metadata={"help": "which adapter"})
+    rank: int = field(default=8, metadata={"help": "of LoRA's matrices", "minimum": 1})
+    alpha: float = field(default=16.0, metadata={"help": "LoRA's α", "minimum": 0.0})
+    dropout: float = field(default=0.0, metadata={"help": "of LoRA's inputs", "minimum": 0.0, "maximum": 0.99})
+    virtual_tokens: int = field(default=16, metadata={"help": "of a prompt or prefix", "minimum": 1})
+    targets: Literal["attention", "mlp", "all"] = field(default="all", metadata={"help": "which linears get one"})
+    start: Literal["zero", "residual"] = field(
+        default="zero", metadata={"help": "begin with nothing, or with what the base's codes lost (LoftQ)"}
+    )
+    merge: bool = field(default=False, metadata={"help": "write base and adapter as one dense model"})
+    hard: float = field(default=1.0, metadata={"help": "weight of the text's own next token", "minimum": 0.0})
+    soft: float = field(default=0.0, metadata={"help": "weight of the teacher's probabilities", "minimum": 0.0})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "largest step size of AdamW", "minimum": 0.0, "maximum": 10.0}
+    )
+
+    def validate(self) -> None:
+        """Checks that the fields fit together; RecipeError where not."""
+        self.check_loop()
+        self.check_signals()
+        if self.kind in VIRTUAL and self.merge:
+            raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora, rslora, dora, ia3")
+        if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:
+            raise RecipeError(
+                f"with {self.kind} the states of virtual tokens stand among the others; use hard and soft"
+            )
+        if self.start == "residual" and self.kind not in ("lora", "rslora"):
+            raise RecipeError(f"start=residual is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")
+
+    def learner(self, job: TrainJob) -> Learner:
+        """The base with a fresh adapter, which alone learns."""
+        peft = require_peft()
+        loaded = load(job.model, device=job.device, generic=job.generic)
+        adaptable_(loaded.model)
+        torch.manual_seed(self.seed)
+        model = wrapped(loaded.model, self._config(peft, loaded))
+        if self.start == "residual":
+            _start_with_residual_(model, loaded, job)
+
+        def write(record: dict[str, Any]) -> None:
+            if self.merge:
+                _write_adapter(model, loaded.folder, job.folder / "adapter", record)
+                merge_adapter(job.model, job.folder / "adapter", job.output, generic=job.generic, record=record)
+            else:
+                _write_adapter(model, loaded.folder, job.output, record)
+
+        return Learner(loaded=loaded, model=model, write=write)
+
+    def _config(self, peft: Any, loaded: LoadedModel) -> Any:
+        if self.kind in VIRTUAL:
+            cls = peft.PromptTuningConfig if self.kind == "prompt" else peft.PrefixTuningConfig
+            return cls(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
+        if self.kind == "ia3":
+            scaled = [_path(x) for x in _targets(loaded, ("key", "value", "down"))]
+            after = [_path(x) for x in _targets(loaded, ("down",))]
+            return peft.IA3Config(task_type="CAUSAL_LM", target_modules=scaled, feedforward_modules=after)
+        roles = tuple(role for name, group in ROLES.items() if self.targets in (name, "all") for role in group)
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
+            use_rslora=self.kind == "rslora", use_dora=self.kind == "dora",
+            target_modules=[_path(x) for x in _targets(loaded, roles)],
+        )  # fmt: skip
+
+
+class PackedBase(nn.Linear):
+    """A linear of codes as PEFT wants to see one: an `nn.Linear` whose `weight` is decoded when it is read."""
+
+    def __init__(self, packed: QuantizedLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.packed = packed
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The values of the codes, a fresh float32 [out, in]."""
+        return self.packed.dequantize()
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The packed linear's."""
+        return self.packed.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The packed product."""
+        found: Tensor = self.packed(inputs)
+        return found
+
+
+def require_peft() -> Any:
+    """The library; UsageError where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise UsageError("adapters need the library peft; install it: pip install 'fettle-llm[adapters]'") from None
+    return peft
+
+
+def wrapped(tree: nn.Module, config: Any) -> Any:
+    """The tree with a fresh adapter of PEFT's; only that learns. The tree's own modules are changed."""
+    with _no_warnings():
+        return require_peft().get_peft_model(tree, config)
+
+
+def adaptable_(tree: nn.Module) -> None:
+    """Shows PEFT every packed linear as an `nn.Linear`."""
+    for path, module in list(tree.named_modules()):
+        if isinstance(module, QuantizedLinear) and not path.endswith(".packed"):
+            parent, _, leaf = path.rpartition(".")
+            setattr(tree.get_submodule(parent), leaf, PackedBase(module))
+
+
+def load_adapters(loaded: LoadedModel, adapters: Mapping[str, str | Path]) -> Any:
+    """One base with several adapters by name, as a PEFT model; the first is active, `set_adapter(name)` chooses.
+
+    Raises:
+        UsageError: no adapter is given, PEFT is not installed.
+        CheckpointError: a folder is no adapter, or belongs to another base.
+    """
+    peft = require_peft()
+    if not adapters:
+        raise UsageError("no adapter is given; give at least one, as a name and its folder")
+    adaptable_(loaded.model)
+    model: Any = None
+    for name, folder in adapters.items():
+        check_adapter(Path(folder), loaded.folder)
+        with _no_warnings():
+            if model is None:
+                model = peft.PeftModel.from_pretrained(loaded.model, str(folder), adapter_name=name)
+            else:
+                model.load_adapter(str(folder), adapter_name=name)
+    return model.eval()
+
+
+def check_adapter(folder: Path, base: Path) -> None:
+    """Raises CheckpointError for a folder without an adapter as safetensors, or one trained on another base."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
+    told = folder / RECORD
+    expected = json.loads(told.read_text(encoding="utf-8")).get("base_files") if told.is_file() else None
+    if expected is not None and expected != Checkpoint.open(base).file_hashes():
+        raise CheckpointError(f"the adapter in {folder} was trained on another base than {base}; give that one")
+
+
+def merge_adapter(
+    model: str | Path, adapter: Path, output: Path, *, generic: bool = False, record: Mapping[str, Any] | None = None
+) -> None:
+    """Writes base and adapter as one dense model; a base of codes is decoded for it.
+
+    Raises:
+        CheckpointError: the adapter belongs to another base.
+        UsageError: an adapter that is no weight, or PEFT is not installed.
+    """
+    peft = require_peft()
+    loaded = load(model, generic=generic, dense=True)
+    check_adapter(adapter, loaded.folder)
+    with _no_warnings():
+        adapted = peft.PeftModel.from_pretrained(loaded.model, str(adapter))
+        if not hasattr(adapted.base_model, "merge_and_unload"):
+            raise UsageError(f"the adapter in {adapter} is no change of weights and cannot be merged")
+        tree = adapted.merge_and_unload()
+    checkpoint = Checkpoint.open(loaded.folder)
+    write_trained(tree, checkpoint, read_anatomy(checkpoint, generic=generic), output, record or {"results": None})
+
+
+def _write_adapter(model: Any, base: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = None  # the path of this machine is nobody else's
+    with _no_warnings():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    weights = folder / "adapter_model.safetensors"
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    told = {**record, "base_files": Checkpoint.open(base).file_hashes(), "parameters": counted}
+    write_json(folder / RECORD, {"schema": 1, **told, "sha256": file_sha256(weights), "bytes": weights.stat().st_size})
+
+
+def _targets(loaded: LoadedModel, roles: tuple[str, ...]) -> list[Linear]:
+    found = [x for x in loaded.anatomy.linears() if x.slot.index is None and x.role in roles]
+    if loaded.anatomy.family == "generic":
+        found = list(loaded.anatomy.linears())
+    if not found:
+        known = ", ".join(sorted({linear.role for linear in loaded.anatomy.linears()}))
+        raise RecipeError(f"no linear of this model has one of the roles {', '.join(roles)}; it has {known}")
+    return found
+
+
+def _path(linear: Linear) -> str:
+    return linear.slot.parameter.removesuffix(".weight")
+
+
+def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> None:
+    """A and B from the singular values of original less base, so that base and adapter begin as near as rank r can be.
+
+    Raises:
+        RecipeError: the base is the original.
+    """
+    checkpoint = Checkpoint.open(resolve(job.original))
+    anatomy = read_anatomy(checkpoint, generic=job.generic)
+    if resolve(job.original) == loaded.folder:
+        raise RecipeError("start=residual needs the model that the base was compressed from; begin a chain with it")
+    for linear in loaded.anatomy.linears():
+        module = loaded.model.get_submodule(_path(linear))
+        if not hasattr(module, "lora_A"):
+            continue
+        lost = (
+            read_weight(checkpoint, anatomy.find(linear.name)).to(job.device) - module.get_base_layer().weight.float()
+        )
+        left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+        first, second = module.lora_A["default"].weight, module.lora_B["default"].weight
+        rank, scaling = min(first.shape[0], len(sizes)), module.scaling["default"]
+        root = (sizes[:rank] / scaling).sqrt()
+        with torch.no_grad():
+            first[:rank] = root.unsqueeze(1) * right[:rank]
+            second[:, :rank] = left[:, :rank] * root
+
+
+def _no_warnings() -> Any:
+    """PEFT's advice about vocabularies and base names, which here are as they should be."""
+    import warnings
+
+    return cast(Any, warnings.catch_warnings(action="ignore"))

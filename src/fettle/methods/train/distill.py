@@ -1,0 +1,108 @@
+"""Distillation and healing: all weights of a dense model learn from a teacher, and from the text where asked.
+
+Healing is distillation whose teacher is the model before the damage: what pruning, narrowing or a lost layer broke is
+learned back from the original's probabilities. With `layers` the student is made first, of the model's own blocks. With
+`keep_zeros` weights that are zero stay zero, so that a pruned model heals inside its mask. With `hard: 1` and `soft: 0`
+it is plain fine-tuning.
+
+    loss = α · CE + β · T² · KL + …        signals and sources: signals.py
+
+Cost: a student's training step and a teacher's forward pass; with `teacher_top_k` the teacher runs once a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from fettle.errors import RecipeError, UsageError
+from fettle.methods.train.layer_maps import LayerMap
+from fettle.methods.train.options import LoopFields, SignalFields
+from fettle.methods.train.students import write_student
+from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.writing import write_trained
+from fettle.models.anatomy import Anatomy, read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.loading import load
+from fettle.models.source import resolve
+from fettle.models.storage import stored_schemes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(LoopFields, SignalFields):
+    """All weights, the blocks' or the norms' learn from a teacher; heals what compression broke."""
+
+    name: ClassVar[str] = "distill"
+    title: ClassVar[str] = "Distillation and healing"
+    source: ClassVar[str] = "Hinton et al. 2015, https://arxiv.org/abs/1503.02531; each signal's in signals.py"
+
+    trains: Literal["all", "blocks", "norms"] = field(
+        default="all", metadata={"help": "which parameters learn; blocks leaves embedding and head as they are"}
+    )
+    layers: int | None = field(
+        default=None, metadata={"help": "make the student first, of so many of the model's own blocks", "minimum": 1}
+    )
+    student_map: LayerMap = field(default="uniform", metadata={"help": "which of its blocks the student keeps"})
+    keep_zeros: bool = field(default=False, metadata={"help": "weights that are zero stay zero (a pruned model)"})
+
+    def validate(self) -> None:
+        """Checks that the fields fit together; RecipeError where not."""
+        self.check_loop()
+        self.check_signals()
+
+    def learner(self, job: TrainJob) -> Learner:
+        """The dense student."""
+        folder = resolve(job.model)
+        checkpoint = Checkpoint.open(folder)
+        anatomy = read_anatomy(checkpoint, generic=job.generic)
+        if stored_schemes(checkpoint, anatomy):
+            raise UsageError(
+                f"{job.model} is stored as codes, which distill would have to forget; use qat to train the codes, or "
+                "adapter for a correction beside them"
+            )
+        if self.layers is not None:
+            folder = job.folder / "student"
+            if not (folder / "config.json").is_file():
+                write_student(checkpoint, anatomy, self.layers, self.student_map, folder)
+            checkpoint = Checkpoint.open(folder)
+        loaded = load(folder, device=job.device, generic=job.generic)
+        mark_(loaded.model, loaded.anatomy, self.trains)
+        if self.keep_zeros:
+            hold_zeros_(loaded.model)
+
+        def write(record: dict[str, Any]) -> None:
+            shape = {"reshaped": True} if self.layers is not None else {}
+            write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, {**record, **shape})
+
+        return Learner(loaded=loaded, model=loaded.model, write=write)
+
+
+def mark_(tree: nn.Module, anatomy: Anatomy, trains: str) -> None:
+    """Marks the parameters that learn: "all", those of the "blocks", or the "norms" (vectors of any kind).
+
+    Raises:
+        RecipeError: there are none.
+    """
+    inside = {
+        name for block in anatomy.blocks for name, _ in tree.get_submodule(block.name).named_parameters(block.name)
+    }
+    learned = 0
+    for name, parameter in tree.named_parameters():
+        wanted = trains == "all" or (name in inside if trains == "blocks" else parameter.dim() == 1)
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
+        learned += parameter.numel() if parameter.requires_grad else 0
+    if not learned:
+        raise RecipeError(f"trains={trains} names no parameter of this model; allowed: all, blocks, norms")
+
+
+def hold_zeros_(tree: nn.Module) -> None:
+    """Weights of matrices that are zero get no gradient; AdamW then leaves them at zero, decay and moments included."""
+    for parameter in tree.parameters():
+        if parameter.requires_grad and parameter.dim() > 1 and bool((parameter == 0).any()):
+            parameter.register_hook(_masked(parameter != 0))  # type: ignore[no-untyped-call]
+
+
+def _masked(mask: Tensor) -> Any:
+    return lambda gradient: gradient * mask

@@ -1,0 +1,117 @@
+"""The objective of every method here: a student's loss, made of weighted signals.
+
+    loss = Σ weight · signal(student, teacher)        signals: `signals.py`
+
+Full training, quantization-aware training and adapters differ in which parameters of the student learn and in what is
+written afterwards, not in this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fettle.errors import RecipeError
+from fettle.methods.train import signals
+from fettle.methods.train.layer_maps import layer_map
+from fettle.methods.train.loop import Objective
+from fettle.methods.train.options import SignalFields
+from fettle.methods.train.outputs import Observed, Outputs
+from fettle.methods.train.teachers import KeptAnswers, Teacher
+
+MOST_RELATION_HEADS = 12
+
+
+class Distillation(Objective):
+    """Student, teacher and the weights of the signals."""
+
+    def __init__(
+        self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None,
+        answers: KeptAnswers | None = None, teacher_depth: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.student = student.model
+        self.fields = fields
+        self._observed = (student,)  # in a tuple: neither it nor the teacher is a part that learns or is saved
+        self._teacher, self._answers = (teacher,), answers
+        self._layers = layer_map(fields.layer_map, student.depth, teacher_depth) if teacher_depth is not None else []
+        self.projections = nn.ParameterList()
+        self._relation_heads = 1
+
+    def fit_shapes(self, input_ids: Tensor) -> None:
+        """Looks at both models' widths once: makes the projections that features need, and checks that the signals can
+        be compared.
+
+        Raises:
+            RecipeError: another vocabulary, or another number of layers than the map can use.
+        """
+        teacher = self._teacher[0]
+        if teacher is None:
+            return
+        with torch.no_grad():
+            ours, theirs = self._observed[0](input_ids), teacher(input_ids)
+        if ours.logits.shape != theirs.logits.shape:
+            raise RecipeError(
+                f"the student knows {ours.logits.shape[-1]} tokens and the teacher {theirs.logits.shape[-1]}; they "
+                "must have the same vocabulary"
+            )
+        weights = self.fields.weights()
+        if "features" in weights:
+            for layer, state in enumerate(ours.hidden):
+                width, wanted = state.shape[-1], theirs.hidden[self._layers[layer]].shape[-1]
+                if width != wanted:
+                    self.projections.append(nn.Parameter(torch.eye(wanted, width)))
+        if ours.values is not None and theirs.values is not None:
+            widths = ours.values.shape[-1], theirs.values.shape[-1]
+            self._relation_heads = max(
+                n for n in range(1, MOST_RELATION_HEADS + 1) if not widths[0] % n and not widths[1] % n
+            )
+
+    def forward(self, window: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """The weighted sum of the signals."""
+        ours = self._observed[0](input_ids)
+        weights = self.fields.weights()
+        teacher = self._teacher[0]
+        theirs = teacher(input_ids) if teacher is not None and self._answers is None else None
+        total = ours.logits.new_zeros((), dtype=torch.float32)
+        for name, weight in weights.items():
+            total = total + weight * self._signal(name, ours, theirs, window, input_ids)
+        return {"loss": total}
+
+    def _signal(self, name: str, ours: Outputs, theirs: Outputs | None, window: Tensor, input_ids: Tensor) -> Tensor:
+        fields, predicted = self.fields, ours.logits[:, :-1]
+        if name == "hard":
+            return signals.cross_entropy(predicted, input_ids[:, 1:])
+        if self._answers is not None:
+            kept, place = self._answers, window.cpu()
+            parts = (part[place].to(predicted.device) for part in (kept.indices, kept.kept, kept.rest))
+            indices, logs, rest = parts
+            return signals.kept_labels(predicted, indices.long(), logs, rest, fields.temperature, fields.divergence)
+        if theirs is None:
+            raise RecipeError(f"{name} needs a teacher; name one with teacher:")
+        wanted = theirs.logits[:, :-1]
+        if name == "soft":
+            return signals.soft_labels(predicted, wanted, fields.temperature, fields.divergence)
+        if name == "logits":
+            return signals.logits_error(predicted, wanted)
+        if name == "relations":
+            return signals.similarity_error(ours.samples(), theirs.samples())
+        if name == "distances":
+            return signals.distance_error(ours.samples(), theirs.samples())
+        if name == "values":
+            assert ours.values is not None and theirs.values is not None
+            return signals.value_relations_error(ours.values, theirs.values, self._relation_heads)
+        return self._by_layer(name, ours, theirs)
+
+    def _by_layer(self, name: str, ours: Outputs, theirs: Outputs) -> Tensor:
+        """Features or attention maps, mean over the student's layers."""
+        if name == "attention":
+            pairs = [(ours.attention[i], theirs.attention[layer]) for i, layer in enumerate(self._layers)]
+            return torch.stack([signals.attention_error(*pair) for pair in pairs]).mean()
+        errors = [
+            signals.features_error(
+                ours.hidden[i], theirs.hidden[layer], self.projections[i] if len(self.projections) else None
+            )
+            for i, layer in enumerate(self._layers)
+        ]
+        return torch.stack(errors).mean()

@@ -1,0 +1,250 @@
+"""The one training loop: transformers' `Trainer` over an objective, for every method of this room.
+
+A method gives an objective, a module that turns windows into one loss and knows which of its parameters learn; the
+loop gives steps. Gradient accumulation, mixed precision, the schedule, data-parallel training under `torchrun` or
+`accelerate launch`, checkpoints and resuming are Trainer's and Accelerate's. What is ours stands around it:
+
+- Windows come in the order of a list (`text_mix.py`), not from a sampler, so one process, two processes and a resumed
+  run see the same windows in the same steps.
+- A checkpoint holds only the parameters that learn, as safetensors, beside Trainer's optimizer, schedule and random
+  states; it counts once it is marked as whole (`curve.py`). A killed run goes on from the last whole one, and gives the
+  same bytes as an undisturbed one on the same number of threads.
+- The objective's loss on windows that no step sees, the start included, says which weights are kept.
+
+Cost: parameters that learn four times in float32 (values, gradients, two moments), everything else once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fettle.errors import RecipeError
+from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
+from fettle.methods.train.options import LoopFields
+from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
+from fettle.methods.train.text_mix import TrainingText
+from fettle.models.writer import write_json, write_shard
+from fettle.progress import Progress, Task
+
+WEIGHTS = "model.safetensors"  # the name that Trainer looks for
+CURVE = "curve.json"
+
+
+class Objective(nn.Module):
+    """What a method trains: windows → {"loss": a scalar}. Parameters with `requires_grad` learn."""
+
+    def forward(self, window: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """The loss of some windows.
+
+        Args:
+            window: int64 [batch], which windows of the training text these are.
+            input_ids: int64 [batch, length], their tokens.
+        """
+        raise TypeError(f"{type(self).__name__} is no objective: it has no forward")
+
+    def rates(self) -> dict[str, float]:
+        """Factors of the learning rate, by the beginning of a parameter's name; 1 for all others."""
+        return {}
+
+
+class WindowList(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The windows of a run, in order."""
+
+    def __init__(self, ids: Tensor, order: Tensor) -> None:
+        self._ids, self._order = ids, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        window = self._order[place]
+        return {"window": window, "input_ids": self._ids[window]}
+
+
+class _InOrder:
+    """What the loop wants otherwise than Trainer does: no shuffling, and checkpoints of what learns alone."""
+
+    model: nn.Module
+    args: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[attr-defined]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_shard(folder, WEIGHTS, trainable(self.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        take_(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+def run(objective: Objective, text: TrainingText, fields: LoopFields, folder: Path, progress: Progress) -> Curve:
+    """Trains `objective` in place and leaves it with the weights that `fields.keep` names; resumes in `folder`.
+
+    Args:
+        objective: with its parameters that learn marked by `requires_grad`.
+        text: its windows.
+        fields: how long, how fast.
+        folder: for checkpoints and the curve; of this run alone.
+        progress: told of every step.
+
+    Raises:
+        NonFiniteError: a loss that is NaN or infinite.
+        RecipeError: nothing learns, or more processes than windows in a part of a step.
+    """
+    if not trainable(objective):
+        raise RecipeError("no parameter of the model learns with these options; name others to train")
+    steps = fields.planned_steps
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_main_process():
+        drop_torn(folder)
+    found = checkpoints(folder)
+    with progress.task("training", steps) as task, _quiet():
+        recorder = _recorder(objective, fields, folder, task)
+        if found:
+            recorder.resume(found[-1])
+        trainer = _trainer(objective, text, fields, folder, recorder)
+        done = bool(recorder.curve.stopped) or len(recorder.curve.losses) >= steps
+        if found and done:
+            take_(objective, found[-1] / WEIGHTS)
+        else:
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    curve = recorder.curve
+    curve.seconds = recorder.seconds() if not (found and done) else curve.seconds
+    best = curve.best
+    wait_for_all()
+    if fields.keep == "best" and best is not None and best[0] != len(curve.losses):
+        take_(objective, folder / BEST)
+    if is_main_process():
+        write_json(folder / CURVE, curve.to_json())
+    objective.eval()
+    return curve
+
+
+def take_(module: nn.Module, path: Path) -> None:
+    """Puts the tensors of a file into the parameters of the same names, which must be those that learn."""
+    stored, learned = load_file(path), dict(module.named_parameters())
+    if stored.keys() != trainable(module).keys():
+        raise RecipeError(f"{path} holds other parameters than learn now; start over with --fresh")
+    with torch.no_grad():
+        for name, value in stored.items():
+            learned[name].copy_(value)
+
+
+def _recorder(objective: Objective, fields: LoopFields, folder: Path, task: Task) -> Recorder:
+    from transformers import TrainerCallback
+
+    class RecorderCallback(Recorder, TrainerCallback):  # type: ignore[misc]
+        """The recorder, with all other events left alone."""
+
+    return RecorderCallback(objective, fields, folder, task)
+
+
+def _trainer(objective: Objective, text: TrainingText, fields: LoopFields, folder: Path, recorder: Recorder) -> Any:
+    from transformers import Trainer
+
+    class InOrderTrainer(_InOrder, Trainer):  # type: ignore[misc]
+        """Trainer over a list of windows."""
+
+    steps = fields.planned_steps
+    trainer = InOrderTrainer(
+        model=objective,
+        args=_arguments(objective, fields, folder, steps, looks=len(text.held_back) > 0),
+        train_dataset=WindowList(text.ids, text.order(steps, fields.batch_windows, fields.seed)),
+        eval_dataset=WindowList(text.ids, text.held_back) if len(text.held_back) else None,
+        data_collator=_collate,
+        callbacks=[recorder],
+        optimizers=(_optimizer(objective, fields), None),
+    )
+    for printer in ("PrinterCallback", "ProgressCallback"):
+        trainer.callback_handler.callbacks = [
+            callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != printer
+        ]
+    return trainer
+
+
+def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: int, *, looks: bool) -> Any:
+    from transformers import TrainingArguments
+
+    device = next(objective.parameters()).device.type
+    processes = process_count()
+    part, left = divmod(fields.batch_windows, processes * fields.accumulate)
+    if left or not part:
+        raise RecipeError(
+            f"batch_windows={fields.batch_windows} cannot be shared by {processes} processes in {fields.accumulate} "
+            f"parts; allowed: multiples of {processes * fields.accumulate}"
+        )
+    fresh = not checkpoints(folder)  # a resumed run has looked at its start before
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=steps,
+        per_device_train_batch_size=part,
+        per_device_eval_batch_size=part,
+        gradient_accumulation_steps=fields.accumulate,
+        learning_rate=fields.learning_rate,
+        lr_scheduler_type=fields.schedule if fields.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=round(fields.warmup * steps),
+        bf16=fields.precision == "bfloat16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if looks else "no",
+        eval_steps=fields.look_every,
+        eval_on_start=looks and fresh,
+        save_strategy="steps",
+        save_steps=fields.checkpoint_every,
+        label_names=["input_ids"],  # so that an evaluation has a loss
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        use_cpu=device == "cpu",
+        seed=fields.seed,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def _optimizer(objective: Objective, fields: LoopFields) -> torch.optim.Optimizer:
+    groups: dict[float, list[Tensor]] = {}
+    factors = objective.rates()
+    for name, value in objective.named_parameters():
+        if value.requires_grad:
+            factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
+            groups.setdefault(factor, []).append(value)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": values,
+                "lr": factor * fields.learning_rate,
+                "weight_decay": fields.weight_decay if factor == 1.0 else 0.0,
+            }
+            for factor, values in groups.items()
+        ]
+    )
+
+
+def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Trainer prints its state; a room below the command line prints nothing."""
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

@@ -1,0 +1,175 @@
+"""Quantization-aware training: the weights and scales of codes learn, from the model before it was quantized.
+
+A dense model starts from the nearest codes in searched ranges. A model that fettle already stored as codes (GPTQ's, or
+learned rounding's) goes on from these: its scheme is kept, and the latent weights lean, inside the cells of the codes
+that were chosen, to where the original's weights lie. The loss is that of distillation from the original
+(LLM-QAT, Liu et al. 2023, https://arxiv.org/abs/2305.17888), so labels are not needed.
+
+With `grid: ternary, granularity: tensor` (and inputs of 8 bits) it is BitNet b1.58's training, from a pretrained model;
+`grid: binary` that of binary weights. What learns, and how: `fake_quantization.py`.
+
+Cost: a training step with one more rounding of every weight, and the teacher's forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, cast
+
+from torch import Tensor, nn
+
+from fettle.errors import RecipeError
+from fettle.methods.quantize.fields import GridFields
+from fettle.methods.quantize.sharing import choose_shared
+from fettle.methods.train.fake_quantization import FakeQuantizedLinear, check_scheme, leaning_start
+from fettle.methods.train.options import LoopFields, SignalFields
+from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.writing import write_trained
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.loading import LoadedModel, load
+from fettle.models.parts import Linear
+from fettle.models.source import resolve
+from fettle.models.storage import StoredScheme, read_quantized, read_weight, stored_schemes
+from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qat(LoopFields, SignalFields, GridFields):
+    """Codes and scales of all linears of the blocks, trained against the model before quantization."""
+
+    name: ClassVar[str] = "qat"
+    title: ClassVar[str] = "Quantization-aware training"
+    source: ClassVar[str] = "LSQ, Esser et al. 2020, https://arxiv.org/abs/1902.08153; LLM-QAT; BitNet b1.58"
+
+    scale_rule: Literal["learned", "mean"] | None = field(
+        default=None,
+        metadata={"help": "scales learn, or are the mean size of the weights; none: mean where ternary or binary"},
+    )
+    scale_rate: float = field(
+        default=1.0, metadata={"help": "step size of the scales' logarithms, times the learning rate", "minimum": 0.0}
+    )
+    trains: Literal["codes", "blocks"] = field(
+        default="blocks", metadata={"help": "codes and scales alone, or norms and biases of the blocks as well"}
+    )
+
+    def validate(self) -> None:
+        """Checks that the fields fit together; RecipeError where not."""
+        self.check_loop()
+        self.check_signals()
+        GridFields.validate(self)
+        check_scheme(self.scheme("float32"), self.rule)
+
+    @property
+    def rule(self) -> Literal["learned", "mean"]:
+        """The scales' rule, the grid's own where none is given."""
+        if self.scale_rule is not None:
+            return self.scale_rule
+        return "mean" if self.grid in ("ternary", "binary") else "learned"
+
+    def learner(self, job: TrainJob) -> Learner:
+        """The student with fake-quantized linears in its blocks."""
+        checkpoint = Checkpoint.open(resolve(job.model))
+        anatomy = read_anatomy(checkpoint, generic=job.generic)
+        stored = stored_schemes(checkpoint, anatomy)
+        if stored:
+            self._refuse_grid_fields(str(job.model))
+        loaded = load(job.model, device=job.device, generic=job.generic, dense=True)
+        linears = _trainable_linears(loaded, stored)
+        original = _original_weights(job)
+        for linear in linears:
+            self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original)
+        inside = {block.name + "." for block in anatomy.blocks}
+        swapped = {
+            id(p) for m in loaded.model.modules() if isinstance(m, FakeQuantizedLinear) for p in (m.weight, m.log_scale)
+        }
+        for name, parameter in loaded.model.named_parameters():
+            in_block = self.trains == "blocks" and parameter.dim() == 1 and any(name.startswith(x) for x in inside)
+            parameter.requires_grad_(id(parameter) in swapped or in_block)
+        storage = self._storage(stored, checkpoint)
+
+        def write(record: dict[str, Any]) -> None:
+            codes = {linear.name: _module(loaded, linear).quantized() for linear in linears}
+            write_trained(loaded.model, checkpoint, anatomy, job.output, record, codes=codes, storage=storage)
+
+        rates = {name: self.scale_rate for name, _ in loaded.model.named_parameters() if name.endswith(".log_scale")}
+        return Learner(loaded=loaded, model=loaded.model, write=write, rates=rates)
+
+    def _refuse_grid_fields(self, model: str) -> None:
+        """Raises RecipeError for a scheme beside the one that the codes have."""
+        given = [f.name for f in fields(GridFields) if getattr(self, f.name) != f.default]
+        if given:
+            raise RecipeError(f"{model} is stored as codes, whose scheme is kept; leave out {', '.join(given)}")
+
+    def _storage(self, stored: dict[str, StoredScheme], checkpoint: Checkpoint) -> str:
+        if stored:
+            return next(iter(stored.values())).storage
+        scheme = self.scheme(_dtype(checkpoint))
+        return (
+            "int-quantized"
+            if scheme.activations and scheme.grid.is_uniform and scheme.grid.bits == 8
+            else "pack-quantized"
+        )
+
+    def _swap_(
+        self, loaded: LoadedModel, checkpoint: Checkpoint, linear: Linear, stored: StoredScheme | None,
+        original: Callable[[Linear], Tensor | None],
+    ) -> None:  # fmt: skip
+        path = linear.slot.parameter.removesuffix(".weight")
+        module = cast(nn.Linear, loaded.model.get_submodule(path))
+        if stored is None:
+            scheme: Scheme = self.scheme(_dtype(checkpoint))
+            weight = module.weight.detach().float()
+            start = choose_shared(weight, scheme, clip="search") if self.rule == "learned" else None
+            made = FakeQuantizedLinear(weight, module.bias, scheme, self.rule, start)
+        else:
+            found = read_quantized(checkpoint, linear, stored)
+            if not isinstance(found, QuantizedTensor):
+                raise RecipeError(
+                    f"{linear.name} is stored as {found.scheme.describe()}, and qat trains a code for each weight; "
+                    "give it the original model, or one compressed with a method such as gptq"
+                )
+            weight = leaning_start(found, original(linear)).to(module.weight.device)
+            made = FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)
+        parent, _, leaf = path.rpartition(".")
+        setattr(loaded.model.get_submodule(parent), leaf, made)
+
+
+def _dtype(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.dtype).removeprefix("torch.")
+
+
+def _trainable_linears(loaded: LoadedModel, stored: dict[str, StoredScheme]) -> list[Linear]:
+    """The linears of the blocks that get codes: all but routers, or those that have codes already.
+
+    Raises:
+        RecipeError: one that is no module of its own (experts, GPT-2's Conv1D).
+    """
+    wanted = [x for x in loaded.anatomy.linears() if (x.name in stored if stored else x.role != "router")]
+    for linear in wanted:
+        path = linear.slot.parameter.removesuffix(".weight")
+        if linear.slot.index is not None or type(loaded.model.get_submodule(path)) is not nn.Linear:
+            raise RecipeError(
+                f"{linear.name} is no nn.Linear of its own in transformers, and qat trains those alone; this family "
+                "cannot be trained so yet"
+            )
+    return wanted
+
+
+def _module(loaded: LoadedModel, linear: Linear) -> FakeQuantizedLinear:
+    return cast(FakeQuantizedLinear, loaded.model.get_submodule(linear.slot.parameter.removesuffix(".weight")))
+
+
+def _original_weights(job: TrainJob) -> Callable[[Linear], Tensor | None]:
+    """A look-up of the same linear's weight in the model that the codes were made from, where it has one."""
+    checkpoint = Checkpoint.open(resolve(job.original))
+    anatomy = read_anatomy(checkpoint, generic=job.generic)
+    twins = {} if stored_schemes(checkpoint, anatomy) else {linear.name: linear for linear in anatomy.linears()}
+
+    def find(linear: Linear) -> Tensor | None:
+        twin = twins.get(linear.name)
+        return read_weight(checkpoint, twin) if twin is not None and twin.shape == linear.shape else None
+
+    return find

@@ -1,0 +1,153 @@
+"""What a student can learn from: each signal a pure function of what two models gave for the same tokens.
+
+Per token, z the logits, p = softmax(z), T a temperature, y the next token, H states, A attention, V values:
+
+    hard        -log p_s(y)
+    soft        T² · D(softmax(z_t / T), softmax(z_s / T))        Hinton et al. 2015, https://arxiv.org/abs/1503.02531
+                D forward: KL(p_t, p_s)   reverse: KL(p_s, p_t)   (MiniLLM, https://arxiv.org/abs/2306.08543)
+                jensen_shannon: ½ KL(p_t, m) + ½ KL(p_s, m), m = ½ (p_t + p_s)   (GKD, https://arxiv.org/abs/2306.13649)
+    logits      mean over the vocabulary of (z_s - z_t)², z centred    Ba & Caruana 2014, https://arxiv.org/abs/1312.6184
+    features    mean of (H_s · Pᵀ - H_t)²                         FitNets 2015, TinyBERT 2020 (P learned, or none)
+    attention   mean of (A_s - A_t)²                              TinyBERT, https://arxiv.org/abs/1909.10351
+    relations   mean of (S_s - S_t)², S the cosines between samples        Tung & Mori 2019, https://arxiv.org/abs/1907.09682
+    distances   smooth L1 of d_s - d_t, d distances over their mean        RKD, Park et al. 2019, https://arxiv.org/abs/1904.05068
+    values      KL(softmax(V_t V_tᵀ / √d), softmax(V_s V_sᵀ / √d))         MiniLM, https://arxiv.org/abs/2002.10957
+
+T² keeps the size of the gradient as T grows. Logits are centred, as softmax does not see their mean. Where only the
+largest k of the teacher's logits are kept, the rest of the vocabulary is one more entry with their whole probability:
+the divergence is then a lower bound of the whole one, and equal to it with k the vocabulary. All is in float32. The
+teacher's side is data: no gradient flows there.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -log p(label): logits [..., vocab], labels int64 [...]."""
+    return functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+
+def soft_labels(student: Tensor, teacher: Tensor, temperature: float, divergence: Divergence) -> Tensor:
+    """T² · D of the two distributions, mean over tokens; logits [..., vocab], both."""
+    ours = torch.log_softmax(student.float() / temperature, -1)
+    theirs = torch.log_softmax(teacher.detach().float() / temperature, -1)
+    return temperature**2 * _divergence(theirs, ours, divergence)
+
+
+def kept_labels(
+    student: Tensor, indices: Tensor, kept: Tensor, rest: Tensor, temperature: float, divergence: Divergence
+) -> Tensor:
+    """`soft_labels` where the teacher is known by its k largest logits and by what the others come to.
+
+    Args:
+        student: logits [..., vocab].
+        indices: int64 [..., k], which entries of the vocabulary are kept.
+        kept: float32 [..., k], the log-probabilities of those at this temperature.
+        rest: float32 [...], the log of the others' whole probability at this temperature; -inf where k is everything.
+        temperature: that of the kept ones.
+        divergence: which one.
+    """
+    whole = torch.log_softmax(student.float() / temperature, -1)
+    chosen = whole.gather(-1, indices)
+    others = whole.scatter(-1, indices, torch.full_like(chosen, -torch.inf))
+    everything = indices.shape[-1] == student.shape[-1]
+    if everything:
+        return temperature**2 * _divergence(kept.detach(), chosen, divergence)
+    ours = torch.cat([chosen, others.logsumexp(-1, keepdim=True)], -1)
+    theirs = torch.cat([kept, rest.unsqueeze(-1)], -1).detach()
+    return temperature**2 * _divergence(theirs, ours, divergence)
+
+
+def _divergence(theirs: Tensor, ours: Tensor, divergence: Divergence) -> Tensor:
+    """Of log-probabilities [..., n], mean over tokens."""
+    if divergence == "forward":
+        return _kl(theirs, ours)
+    if divergence == "reverse":
+        return _kl(ours, theirs)
+    middle = torch.logaddexp(theirs, ours) - torch.log(torch.tensor(2.0))
+    return (_kl(theirs, middle) + _kl(ours, middle)) / 2
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """Mean over tokens of Σ p log(p / q), from log p and log q [..., n]; 0 · log 0 is 0."""
+    gap = torch.where(first == -torch.inf, torch.zeros_like(first), first - second)
+    return (first.exp() * gap).sum(-1).mean()
+
+
+def logits_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of centred logits [..., vocab]."""
+    ours, theirs = student.float(), teacher.detach().float()
+    return functional.mse_loss(ours - ours.mean(-1, keepdim=True), theirs - theirs.mean(-1, keepdim=True))
+
+
+def features_error(student: Tensor, teacher: Tensor, projection: Tensor | None = None) -> Tensor:
+    """Mean squared difference of states, over the teacher's mean square, so that depths weigh alike.
+
+    Args:
+        student: [..., width].
+        teacher: [..., teacher width].
+        projection: [teacher width, width], learned along; None where the widths agree.
+    """
+    ours = student.float() if projection is None else student.float() @ projection.T
+    theirs = teacher.detach().float()
+    return functional.mse_loss(ours, theirs) / theirs.square().mean().clamp_min(1e-12)
+
+
+def attention_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of attention maps [batch, heads, tokens, tokens], times the tokens.
+
+    Different numbers of heads are compared by their mean over heads. The factor undoes that a row sums up to one: its
+    entries, and with them the squares, shrink with the length.
+    """
+    ours, theirs = student.float(), teacher.detach().float()
+    if ours.shape[1] != theirs.shape[1]:
+        ours, theirs = ours.mean(1), theirs.mean(1)
+    return functional.mse_loss(ours, theirs) * ours.shape[-1]
+
+
+def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosines between samples; [samples, width] and [samples, teacher width]."""
+    ours = functional.normalize(student.float(), dim=-1)
+    theirs = functional.normalize(teacher.detach().float(), dim=-1)
+    return functional.mse_loss(ours @ ours.T, theirs @ theirs.T)
+
+
+def distance_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth L1 between the distances of samples, each in units of its own mean; shapes as `similarity_error`."""
+    return functional.smooth_l1_loss(_distances(student.float()), _distances(teacher.detach().float()))
+
+
+def _distances(samples: Tensor) -> Tensor:
+    """Distances of all pairs of [samples, width] over their mean, [pairs]."""
+    first, second = torch.triu_indices(len(samples), len(samples), offset=1, device=samples.device)
+    # the root has no slope at zero, where two samples are the same
+    distances = (samples[first] - samples[second]).square().sum(-1).clamp_min(1e-12).sqrt()
+    return distances / distances.mean().clamp_min(1e-12)
+
+
+def value_relations_error(student: Tensor, teacher: Tensor, relation_heads: int) -> Tensor:
+    """KL between the relations of value vectors, mean over heads and tokens.
+
+    Args:
+        student: [batch, tokens, width], all heads' values side by side.
+        teacher: [batch, tokens, teacher width].
+        relation_heads: how many parts both are cut into (MiniLMv2): widths and heads need not agree, but it must divide
+            both widths.
+    """
+    ours, theirs = _relations(student.float(), relation_heads), _relations(teacher.detach().float(), relation_heads)
+    return _kl(theirs, ours)
+
+
+def _relations(values: Tensor, heads: int) -> Tensor:
+    """Log softmax(V Vᵀ / √d) of each part, [batch, heads, tokens, tokens]."""
+    batch, tokens, width = values.shape
+    parts = values.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
+    return torch.log_softmax(parts @ parts.transpose(-1, -2) / (width // heads) ** 0.5, -1)

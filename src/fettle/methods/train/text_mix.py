@@ -1,0 +1,100 @@
+"""Training windows: what a run learns from, what it is stopped by, and in which order windows come.
+
+The text is cut once, by characters: its last part is held back for early stopping, windows for learning are drawn from
+the rest, so that no step sees what it is judged by. (Neither is the held-out text that an evaluation uses.) With a
+replayed text a share of the windows comes from there: old data against forgetting.
+
+The order of windows is a list that the seed gives: whole passes, each shuffled anew. A step is a row of that list, so a
+resumed run, and one on two processes, takes the same windows in the same steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fettle.data.windows import Text, Windows, calibration_windows, evaluation_windows, read_text
+from fettle.errors import UsageError
+from fettle.methods.train.options import LoopFields
+
+HELD_BACK_SHARE = 0.05  # of the text's characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingText:
+    """Windows of one length: `ids` int64 [windows, length], those held back behind `learned` others."""
+
+    ids: Tensor
+    learned: int
+    sources: tuple[str, ...]
+    sha256: str
+    note: str
+
+    def order(self, steps: int, batch_windows: int, seed: int) -> Tensor:
+        """Which window each place of each step takes, int64 [steps · batch_windows]: shuffled passes, one by one."""
+        generator = torch.Generator().manual_seed(seed)
+        needed = steps * batch_windows
+        passes = [torch.randperm(self.learned, generator=generator) for _ in range(-(-needed // self.learned))]
+        return torch.cat(passes)[:needed]
+
+    @property
+    def held_back(self) -> Tensor:
+        """Indices of the windows that no step sees."""
+        return torch.arange(self.learned, len(self.ids))
+
+
+def training_text(tokenizer: Any, fields: LoopFields) -> TrainingText:
+    """Reads and cuts the texts that `fields` name.
+
+    Raises:
+        UsageError: a text that cannot be read, or is too short for one window to learn from and one to hold back.
+    """
+    texts = [read_text(fields.text)]
+    from_replay = 0
+    if fields.replay is not None:
+        texts.append(read_text(fields.replay))
+        from_replay = round(fields.windows * fields.replay_share)
+    parts = [_cut(text, fields.held_back > 0) for text in texts]
+    counts = [fields.windows - from_replay, from_replay]
+    learned, notes = [], []
+    for number, ((first, _), count) in enumerate(zip(parts, counts, strict=False)):
+        if count:
+            drawn = calibration_windows(
+                tokenizer, first, windows=count, length=fields.length, seed=fields.seed + number
+            )
+            learned += _whole(drawn, fields.length)
+            notes += [drawn.note] if drawn.note else []
+    kept: list[Tensor] = []
+    if fields.held_back:
+        last = parts[0][1]
+        cut = evaluation_windows(tokenizer, last, length=fields.length, max_tokens=fields.held_back * fields.length)
+        kept = _whole(cut, fields.length)[: fields.held_back]
+    if not learned or (fields.held_back and not kept):
+        raise UsageError(
+            f"{texts[0].source} is too short for windows of {fields.length} tokens to learn from and to hold back; "
+            "give a longer text, a smaller length, or held_back: 0"
+        )
+    return TrainingText(
+        ids=torch.stack(learned + kept),
+        learned=len(learned),
+        sources=tuple(text.source for text in texts),
+        sha256=hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest(),
+        note="; ".join(notes),
+    )
+
+
+def _cut(text: Text, hold_back: bool) -> tuple[Text, Text]:
+    """What windows are drawn from, and the end of the text, from a line's beginning on."""
+    if not hold_back:
+        return text, text
+    place = int(len(text.content) * (1 - HELD_BACK_SHARE))
+    place = text.content.find("\n", place) + 1 or place
+    return replace(text, content=text.content[:place]), replace(text, content=text.content[place:] or text.content[-1:])
+
+
+def _whole(windows: Windows, length: int) -> list[Tensor]:
+    return [ids for ids in windows.ids if len(ids) == length]

@@ -1,0 +1,217 @@
+"""The loop: exact resume after a kill, the same curve on two processes, early stopping, limits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fettle.errors import NonFiniteError, RecipeError
+from fettle.methods.train import Distill
+from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
+from fettle.methods.train.loop import Objective, run, take_
+from fettle.methods.train.text_mix import TrainingText
+from fettle.methods.train.training import TrainJob, train
+from fettle.progress import Silent
+
+HOW: dict[str, Any] = {
+    "steps": 6, "windows": 12, "length": 32, "batch_windows": 4, "look_every": 3, "checkpoint_every": 2, "held_back": 2,
+    "learning_rate": 3e-3, "layers": 1, "accumulate": 2, "keep": "last",
+}  # fmt: skip
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from fettle.methods.train import Distill, curve
+from fettle.methods.train.training import TrainJob, train
+
+model, text, output, killed = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+write_json = curve.write_json
+
+def kill_at_the_mark(path, content):
+    if path.parent.name == killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_json(path, content)
+
+curve.write_json = kill_at_the_mark
+how = {how}
+folder = output.parent / (output.name + ".run")
+train(Distill(**how, text=text), TrainJob(model=model, original=model, output=output, folder=folder))
+"""
+
+
+class Pull(Objective):
+    """One weight that is pulled to 3; windows held back (from the third on) want it at `other`."""
+
+    def __init__(self, other: float = 3.0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.still = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+        self.other = other
+
+    def forward(self, window: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        wanted = torch.where(window < 2, 3.0, self.other)
+        return {"loss": (self.weight - wanted).square().mean()}
+
+
+def windows(held_back: int = 1) -> TrainingText:
+    ids = torch.zeros(2 + held_back, 4, dtype=torch.int64)
+    return TrainingText(ids=ids, learned=2, sources=("none",), sha256="", note="")
+
+
+def fields(**other: Any) -> Distill:
+    return Distill(**{"steps": 20, "batch_windows": 2, "learning_rate": 0.2, "look_every": 1, "warmup": 0.0, **other})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def start(launcher: list[str], arguments: list[str], tmp_path: Path) -> int:
+    script = tmp_path / "child.py"
+    script.write_text(SCRIPT.replace("{how}", repr(HOW)))
+    return subprocess.run([*launcher, str(script), *arguments], check=False, capture_output=True).returncode
+
+
+@pytest.fixture
+def undisturbed(tiny_llama: Path, text_file: Path, tmp_path: Path) -> tuple[Path, Curve]:
+    output = tmp_path / "undisturbed"
+    job = TrainJob(model=tiny_llama, original=tiny_llama, output=output, folder=tmp_path / "undisturbed.run")
+    return output, train(Distill(**HOW, text=str(text_file)), job)
+
+
+def test_a_run_killed_inside_a_checkpoint_gives_the_same_bytes(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, undisturbed: tuple[Path, Curve]
+) -> None:
+    output = tmp_path / "killed"
+    arguments = [str(tiny_llama), str(text_file), str(output), "checkpoint-4"]
+    assert start([sys.executable], arguments, tmp_path) == -9
+    folder = tmp_path / "killed.run"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+    assert (folder / "checkpoints" / "checkpoint-4").is_dir()  # torn: everything in it but its mark
+    assert not output.exists()
+    curve = train(
+        Distill(**HOW, text=str(text_file)),
+        TrainJob(model=tiny_llama, original=tiny_llama, output=output, folder=folder),
+    )
+    assert curve.losses == undisturbed[1].losses
+    assert curve.learning_rates == undisturbed[1].learning_rates
+    assert curve.held_back == undisturbed[1].held_back
+    assert digests(output) == digests(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, undisturbed: tuple[Path, Curve]
+) -> None:
+    output = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert start(launcher, [str(tiny_llama), str(text_file), str(output), "nothing"], tmp_path) == 0
+    found = Curve.from_json(json.loads((tmp_path / "two.run" / "curve.json").read_text()))
+    assert found.losses == pytest.approx(undisturbed[1].losses, rel=1e-4)
+    assert [loss for _, loss in found.held_back] == pytest.approx(
+        [loss for _, loss in undisturbed[1].held_back], rel=1e-4
+    )
+
+
+def test_parts_of_a_step_add_up_to_the_step(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    found = []
+    for accumulate in (1, 4):
+        folder = tmp_path / str(accumulate)
+        how = {**HOW, "accumulate": accumulate, "steps": 3, "text": str(text_file)}
+        job = TrainJob(model=tiny_llama, original=tiny_llama, output=folder, folder=tmp_path / f"{accumulate}.run")
+        found.append(train(Distill(**how), job).losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_the_weights_with_the_least_held_back_loss_are_kept(tmp_path: Path) -> None:
+    """Training pulls to 3, what is held back wants 1: the best lies on the way, and it ends five looks after it."""
+    objective = Pull(other=1.0)
+    curve = run(objective, windows(), fields(steps=40, patience=5), tmp_path, Silent())
+    assert curve.best is not None
+    assert abs(float(objective.weight.detach()) - 1.0) == pytest.approx(curve.best[1] ** 0.5, abs=1e-5)
+    assert 0 < curve.best[0] < len(curve.losses) == curve.best[0] + 5 < 40
+    assert curve.stopped == "5 looks at the windows held back without a gain"
+    last = Pull(other=1.0)
+    run(last, windows(), fields(steps=20, patience=50, keep="last"), tmp_path / "last", Silent())
+    assert abs(float(last.weight.detach()) - 1.0) > 0.5
+
+
+def test_the_start_is_kept_where_training_only_harms(tmp_path: Path) -> None:
+    objective = Pull(other=0.0)
+    curve = run(objective, windows(), fields(patience=3), tmp_path, Silent())
+    assert float(objective.weight.detach()) == 0.0
+    assert curve.best == (0, 0.0)
+    assert len(curve.losses) == 3
+
+
+def test_only_what_learns_is_in_a_checkpoint(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    objective = Pull()
+    run(objective, windows(0), fields(steps=4, checkpoint_every=2), tmp_path, Silent())
+    found = checkpoints(tmp_path)
+    assert [path.name for path in found] == ["checkpoint-2", "checkpoint-4"]
+    assert load_file(found[-1] / "model.safetensors").keys() == {"weight"}
+    assert torch.equal(load_file(found[-1] / "model.safetensors")["weight"], objective.weight.detach())
+    assert not list(tmp_path.rglob("training_args.bin"))
+    (found[-1] / MARK).unlink()
+    drop_torn(tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert not found[-1].exists()
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = Pull()
+    before = run(first, windows(), fields(steps=4, keep="last"), tmp_path, Silent())
+    again = Pull()
+    after = run(again, windows(), fields(steps=4, keep="last"), tmp_path, Silent())
+    assert after.to_json() == {**before.to_json(), "seconds": after.seconds}
+    assert torch.equal(first.weight, again.weight)
+
+
+def test_minutes_end_a_run(tmp_path: Path) -> None:
+    curve = run(Pull(), windows(0), fields(steps=10_000, minutes=1e-4), tmp_path, Silent())
+    assert len(curve.losses) < 10_000
+    assert curve.stopped == "0.0001 minutes were over"
+
+
+def test_a_loss_that_is_no_number_ends_with_its_step(tmp_path: Path) -> None:
+    class Broken(Pull):
+        def forward(self, window: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.weight.sum() * torch.inf}
+
+    with pytest.raises(NonFiniteError, match="the loss of step 1 is"):
+        run(Broken(), windows(0), fields(), tmp_path, Silent())
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = Pull()
+    still.weight.requires_grad_(False)
+    with pytest.raises(RecipeError, match="no parameter of the model learns"):
+        run(still, windows(), fields(), tmp_path, Silent())
+    from safetensors.torch import save_file
+
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(RecipeError, match="holds other parameters"):
+        take_(Pull(), tmp_path / "other.safetensors")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="cannot be shared by 3 processes"):
+        run(Pull(), windows(), fields(), tmp_path, Silent())
+
+
+def test_the_schedule_rises_and_falls(tmp_path: Path) -> None:
+    def rates(name: str, warmup: float) -> list[float]:
+        chosen = fields(schedule=name, warmup=warmup)
+        return run(Pull(), windows(0), chosen, tmp_path / name, Silent()).learning_rates
+
+    cosine, constant = rates("cosine", 0.2), rates("constant", 0.0)
+    assert cosine.index(max(cosine)) == 4
+    assert max(cosine) == pytest.approx(0.2)
+    assert cosine[-1] < 0.01
+    assert set(constant) == {0.2}

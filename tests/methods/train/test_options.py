@@ -1,0 +1,46 @@
+"""Fields that do not fit together are refused with the allowed set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fettle.errors import RecipeError
+from fettle.methods.registry import build
+from fettle.methods.train import TRAIN_METHODS, Distill
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "told"),
+    [
+        ("distill", {"soft": 0.0}, "every signal has the weight 0"),
+        ("distill", {"batch_windows": 8, "accumulate": 3}, "accumulate=3 does not divide batch_windows=8"),
+        ("distill", {"minutes": -1.0}, "minutes=-1.0 cannot be"),
+        ("distill", {"teacher_top_k": 4, "features": 1.0}, "features need the teacher itself"),
+        ("distill", {"teacher": "a,b", "features": 1.0}, "no mean of features"),
+        ("distill", {"teacher": "a,b", "teacher_weights": "1"}, "give one positive number for each"),
+        ("distill", {"teacher": "a,b", "teacher_weights": "1,-1"}, "allowed: positive numbers"),
+        ("distill", {"divergence": "backward"}, "forward, reverse, jensen_shannon"),
+        ("distill", {"step": 3}, "did you mean 'steps'"),
+        ("qat", {"grid": "learned"}, "learned levels have no scale"),
+        ("qat", {"activations": "static"}, "use activations: dynamic"),
+        ("adapter", {"kind": "prompt", "merge": True}, "cannot be merged"),
+        ("adapter", {"kind": "prefix", "features": 1.0}, "use hard and soft"),
+        ("adapter", {"kind": "ia3", "start": "residual"}, "start=residual is LoRA's"),
+    ],
+)
+def test_an_impossible_field_is_refused_before_any_work(name: str, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        build(TRAIN_METHODS[name], fields)
+
+
+def test_tokens_become_whole_steps() -> None:
+    assert Distill(tokens=1000, batch_windows=2, length=100).planned_steps == 5
+    assert Distill(tokens=1001, batch_windows=2, length=100).planned_steps == 6
+    assert Distill(steps=7).planned_steps == 7
+
+
+def test_weights_of_several_teachers_become_shares() -> None:
+    assert Distill(teacher="a, b", teacher_weights="3,1").parsed_teacher_weights() == [0.75, 0.25]
+    assert Distill(teacher="a,b").parsed_teacher_weights() == [0.5, 0.5]

@@ -1,0 +1,115 @@
+"""Quantization-aware training: what was trained with is what the written file decodes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fettle
+from fettle.errors import RecipeError
+from fettle.methods.train import Qat
+from fettle.methods.train.curve import Curve
+from fettle.methods.train.fake_quantization import FakeQuantizedLinear
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.loading import load
+from fettle.models.storage import read_quantized, stored_schemes
+
+from ...parity.tiny_models import write_model
+
+Trained = Callable[..., tuple[Path, Curve]]
+IDS = torch.arange(2, 22).unsqueeze(0)
+FORMS: dict[str, dict[str, Any]] = {
+    "2 bits, zero points": {"bits": 2, "asymmetric": True},
+    "inputs of 8 bits": {"bits": 4, "activations": "dynamic", "activation_bits": 8},
+    "ternary in BitNet's way": {
+        "grid": "ternary",
+        "granularity": "tensor",
+        "group_size": None,
+        "activations": "dynamic",
+    },
+    "binary": {"grid": "binary"},
+}
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The last values that fake-quantized linears computed with, and what the model gave at the end."""
+    found: dict[str, Tensor] = {}
+    export = FakeQuantizedLinear.quantized
+
+    def remember(layer: FakeQuantizedLinear) -> Any:
+        found[str(len(found))] = layer.values().detach().clone()
+        return export(layer)
+
+    monkeypatch.setattr(FakeQuantizedLinear, "quantized", remember)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_written_file_decodes_to_what_was_trained_with(
+    form: str, tiny_llama: Path, trained: Trained, used: dict[str, Tensor]
+) -> None:
+    output, curve = trained(Qat, tiny_llama, **FORMS[form], learning_rate=2e-3, keep="last", steps=3)
+    assert len(curve.losses) == 3
+    checkpoint = Checkpoint.open(output)
+    anatomy = read_anatomy(checkpoint)
+    stored = stored_schemes(checkpoint, anatomy)
+    linears = list(anatomy.linears())
+    assert len(used) == len(linears) == len(stored)
+    for linear, values in zip(linears, used.values(), strict=True):
+        assert torch.equal(read_quantized(checkpoint, linear, stored[linear.name]).dequantize(), values), linear.name
+    assert torch.isfinite(load(output).model(IDS).logits).all()
+
+
+def test_training_at_two_bits_wins_back_what_rounding_lost(tiny_llama: Path, trained: Trained) -> None:
+    _, curve = trained(Qat, tiny_llama, bits=2, steps=20, look_every=10, learning_rate=1e-2, windows=32)
+    assert curve.best is not None
+    assert curve.best[1] < 0.85 * curve.held_back[0][1]
+
+
+def test_codes_that_were_chosen_before_are_gone_on_from(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:
+    """No step: the same codes, scales and zero points come out; steps: the scheme stays and the codes move."""
+    base = tmp_path / "codes"
+    method = {"method": "round_to_nearest", "bits": 3, "group_size": 16, "asymmetric": True}
+    from fettle.pipeline.recipe import parse_recipe
+
+    fettle.compress(tiny_llama, base, parse_recipe({"name": "codes", "steps": [method]}, "test"), evaluate=False)
+    still, _ = trained(Qat, base, tiny_llama, learning_rate=0.0, steps=1)
+    moved, _ = trained(Qat, base, tiny_llama, learning_rate=5e-3, steps=3, keep="last")
+    before, same, after = (Checkpoint.open(folder) for folder in (base, still, moved))
+    codes = [name for name in before.entries if name.endswith("weight_packed")]
+    assert codes
+    assert before.entries.keys() == same.entries.keys() == after.entries.keys()
+    assert all(torch.equal(before.read(name), same.read(name)) for name in before.entries)
+    assert any(not torch.equal(before.read(name), after.read(name)) for name in codes)
+    schemes = [stored_schemes(c, read_anatomy(c)) for c in (before, after)]
+    assert schemes[0] == schemes[1]
+
+
+def test_a_scheme_beside_that_of_the_codes_is_refused(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:
+    fettle.compress(tiny_llama, tmp_path / "codes", "round-to-nearest-4bit", evaluate=False)
+    with pytest.raises(RecipeError, match="whose scheme is kept; leave out bits"):
+        trained(Qat, tmp_path / "codes", tiny_llama, bits=2)
+
+
+def test_a_family_without_linears_of_their_own_is_refused(tmp_path: Path, tiny_llama: Path, trained: Trained) -> None:
+    write_model("gpt2", tmp_path / "gpt2")
+    with pytest.raises(RecipeError, match=r"is no nn\.Linear of its own"):
+        trained(Qat, tmp_path / "gpt2", bits=4)
+
+
+def test_plain_transformers_reads_what_was_trained(tiny_llama: Path, trained: Trained) -> None:
+    """Groups that divide the rows: the standard's own format."""
+    from transformers import AutoModelForCausalLM
+
+    output, _ = trained(Qat, tiny_llama, bits=4, group_size=4, steps=1)
+    ours = load(output).model
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(ours(IDS).logits, theirs(IDS).logits, atol=1e-4)
