@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,10 +20,12 @@ from fettle.errors import RecipeError, UsageError
 from fettle.models.checkpoint import Checkpoint
 from fettle.pipeline.recipe import Recipe, parse_recipe, recipe_from_method
 from fettle.pipeline.run import prepare
+from fettle.search.allocation import allocated
 
 from .conftest import digests
 
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 16}
+ROTATION = {"method": "rotation", "seed": 3}
 
 
 def recipe_of(text: Path, *steps: dict[str, object]) -> Recipe:
@@ -131,6 +134,9 @@ def test_another_shape_is_another_run(tiny_llama, text_file, tmp_path):
     [
         ([GPTQ, {"method": "drop_layers", "drop": 1}], "comes before gptq"),
         ([{"method": "drop_layers", "drop": 1, "where": {"role": "up"}}], "leave 'where' out"),
+        ([ROTATION, *STEPS["drop"], GPTQ], "drop_layers gives the model another shape, so it comes before rotation"),
+        ([*STEPS["drop"], GPTQ, ROTATION], "step 3: rotation is for the whole model"),
+        ([*STEPS["drop"], ROTATION], "rotation alone makes nothing smaller"),
     ],
 )
 def test_steps_in_an_order_that_cannot_be_are_refused(steps, why, text_file):
@@ -153,6 +159,43 @@ def test_a_rank_is_settled_for_each_linear_before_bytes_are_counted(tiny_llama, 
     loaded = fettle.load(made.folder)
     assert loaded.model.model.layers[0].self_attn.q_proj.scheme.grid.is_nothing
     assert fettle.evaluate(made.folder, reference=tiny_llama, max_tokens=600).kl_mean > 0
+
+
+def test_the_new_shape_is_rotated(tiny_llama, text_file, tmp_path):
+    """Reshape, then rotate: of one shape the rotated files are another description of the same function."""
+    shape, eight = {"method": "narrow", "hidden": 0.5, "neurons": 0.75}, {"method": "round_to_nearest", "bits": 8}
+    recipe = recipe_of(text_file, shape, ROTATION, eight)
+    assert [step["method"] for step in recipe.to_dict()["steps"]] == ["narrow", "rotation", "round_to_nearest"]
+    assert parse_recipe(recipe.to_dict(), "again") == recipe
+    plain = fettle.compress(tiny_llama, tmp_path / "plain", recipe_of(text_file, shape), evaluate=False)
+    made = fettle.compress(tiny_llama, tmp_path / "out", recipe, evaluate=False)
+    assert made.summary["output"]["bytes"] == fettle.plan(tiny_llama, recipe).output_bytes
+    fettle.compress(tiny_llama, tmp_path / "straight", recipe_of(text_file, shape, eight), evaluate=False)
+    rotated, straight = (
+        fettle.evaluate(tmp_path / name, reference=plain.folder, text=text_file, length=32, max_tokens=512)
+        for name in ("out", "straight")
+    )  # 8 bits lose as little in either coordinates
+    assert max(rotated.error_by_block) < 2 * max(straight.error_by_block) < 0.1
+    assert rotated.kl_mean < 2 * straight.kl_mean
+    assert set(Checkpoint.open(made.folder).read("model.norm.weight").tolist()) == {1.0}
+    assert fettle.evaluate(made.folder, reference=tiny_llama, max_tokens=600).error_by_block == []
+
+
+def test_a_trimmed_vocabulary_stays_with_a_rotated_model(tiny_llama, tmp_path):
+    text = tmp_path / "few.txt"
+    text.write_text("a b a b")
+    recipe = recipe_of(text, {"method": "trim_vocabulary"}, ROTATION, {"method": "round_to_nearest", "bits": 8})
+    made = fettle.compress(tiny_llama, tmp_path / "out", recipe, evaluate=False)
+    loaded = fettle.load(made.folder)
+    assert len(loaded.tokenizer) == loaded.model.config.vocab_size < Checkpoint.open(tiny_llama).config["vocab_size"]
+
+
+def test_an_allocation_spreads_over_the_linears_that_are_left(tiny_llama, text_file):
+    recipe = recipe_of(text_file, *STEPS["drop"], {"method": "wanda", "pattern": "layer", "sparsity": 0.45})
+    spread = allocated(tiny_llama, dataclasses.replace(recipe, allocation="global"))
+    assert spread.reshaping == recipe.reshaping and len(spread.compressing) == 7
+    assert len({method.sparsity for _, method, _ in spread.compressing}) > 1
+    assert len(prepare(tiny_llama, spread).layout.compressions) == 7
 
 
 def test_one_line_has_a_name():

@@ -286,7 +286,7 @@ def _parse_basis(steps: list[Any], origin: str) -> tuple[int | None, BasisMethod
     """The method for the whole model, and which step it is; RecipeError where it stands elsewhere than first, steps
     that reshape aside.
     """
-    names = [step.get("method") if isinstance(step, Mapping) else None for step in steps]
+    names = [str(step.get("method")) if isinstance(step, Mapping) else "" for step in steps]
     place = next((i for i, name in enumerate(names) if name not in registry.MODEL_METHODS), len(names))
     for number, name in enumerate(names, start=1):
         if name in registry.BASES and number - 1 != place:
@@ -296,6 +296,12 @@ def _parse_basis(steps: list[Any], origin: str) -> tuple[int | None, BasisMethod
             )
     if place == len(names) or names[place] not in registry.BASES:
         return None, None
+    for name in names[place + 1 :]:
+        if name in registry.MODEL_METHODS:
+            raise RecipeError(
+                f"{origin}: {name} gives the model another shape, so it comes before {names[place]}, which turns the "
+                "model as it then is; change the order of the steps"
+            )
     where = f"{origin}, step {place + 1}"
     if "where" in steps[place]:
         raise RecipeError(
@@ -304,7 +310,7 @@ def _parse_basis(steps: list[Any], origin: str) -> tuple[int | None, BasisMethod
         )
     try:
         fields = {key: value for key, value in steps[place].items() if key != "method"}
-        return place, registry.basis_from_fields(str(names[place]), fields)
+        return place, registry.basis_from_fields(names[place], fields)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
 
