@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,24 @@ def test_generate_with_a_coded_cache(tiny_llama: Path, capsys: pytest.CaptureFix
     coded = run_json(capsys, "generate", tiny_llama, "def f", "--max-new-tokens", "12", "--cache-bits", "8")
     assert coded["tokens"] == plain["tokens"]  # twelve tokens are all recent
     assert main(["generate", str(tiny_llama), "def f", "--cache-bits", "1"]) == 2
+
+
+def test_inspect_says_what_runs_models_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_json(capsys, "inspect", "--runtime")["runtime"]
+    assert found["threads"] >= 1
+    assert main(["inspect", "--runtime"]) == 0
+    line = capsys.readouterr().out
+    assert (
+        f"native, {found['instructions']} kernels" if found["native"] else "the native data plane is not built"
+    ) in line
+    monkeypatch.setitem(sys.modules, "fettle._native", None)  # as after an install without a compiler
+    monkeypatch.delattr("fettle._native", raising=False)
+    assert main(["inspect", "--runtime"]) == 0
+    assert "torch reference" in (said := capsys.readouterr().out) and said.count("\n") == 1
+    assert main(["inspect"]) == 2
+    assert "--runtime" in capsys.readouterr().err
 
 
 def test_generate_takes_its_prompt_in_one_place_and_stops_at_a_text(

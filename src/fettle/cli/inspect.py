@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from fettle import api
-from fettle.cli.options import Generic, Json, Model
+from fettle.cli.options import Generic, Json
 from fettle.cli.output import console, emit_json, show, size, table
+from fettle.errors import UsageError
+from fettle.kernels.native import default_threads, explain_runtime, missing, plane
+
+Inspected = Annotated[str | None, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or demo.")]
+Runtime = Annotated[bool, typer.Option("--runtime", help="Say what runs models on this machine, and why.")]
 
 
-def run(model: Model, generic: Generic = False, json: Json = False) -> None:
+def run(model: Inspected = None, runtime: Runtime = False, generic: Generic = False, json: Json = False) -> None:
     """Show a model's anatomy: blocks, linears by role, shapes, bytes and the scheme of each. Reads headers only.
 
     \b
     Example:
       fettle inspect demo
+      fettle inspect --runtime
     """
+    if runtime:
+        _show_runtime(json=json)
+        return
+    if model is None:
+        raise UsageError("there is no model to inspect; give a folder, a hub id or demo, or --runtime for this machine")
     anatomy = api.inspect(model, generic=generic)
     if json:
         emit_json("inspect", anatomy)
@@ -31,6 +44,17 @@ def run(model: Model, generic: Generic = False, json: Json = False) -> None:
     for title, linears in [*_alike(anatomy["blocks"]), ("outside the blocks", anatomy["outside"])]:
         if linears:
             show(out, table(title, columns, _rows(linears), right=(3,)))
+
+
+def _show_runtime(*, json: bool) -> None:
+    """What runs models here: the native kernels and why these, or why there are none."""
+    absent = missing()
+    if not json:
+        console().print(explain_runtime(), soft_wrap=True)
+        return
+    features = {} if absent is not None else plane().features()
+    told = {"native": absent is None, "missing": absent, "threads": default_threads(), **features}
+    emit_json("inspect", {"runtime": told})
 
 
 def _alike(blocks: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

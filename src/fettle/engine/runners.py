@@ -1,6 +1,7 @@
 """Which runners there are, by name, and how an engine is opened with one: one line a runner.
 
 torch    the reference: transformers' model over a paged cache, on any device
+native   the data plane in C++, on the processor: codes times bytes, a whole step in one call
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fettle.engine.engine import Engine
+from fettle.engine.native_runner import NativeRunner
 from fettle.engine.payoff import Payoff
 from fettle.engine.prompts import Vocabulary
 from fettle.engine.runner import Runner
@@ -71,7 +73,20 @@ def open_torch_runner(folder: Path, options: RunnerOptions) -> Runner:
     return TorchRunner(loaded, pages=pages, page_size=options.page_size, threads=options.threads)
 
 
-ENGINES: dict[str, Opener] = {"torch": open_torch_runner}
+def open_native_runner(folder: Path, options: RunnerOptions) -> Runner:
+    """The runner of the native data plane.
+
+    Raises:
+        UsageError: another device than the processor, a model that it has no parts for, or it is not built.
+    """
+    if options.device != "cpu" or options.generic:
+        what = "--generic" if options.generic else f"--device {options.device}"
+        raise UsageError(f"the native engine does not run with {what}; use --engine torch")
+    pages = options.pages(context_length(Checkpoint.open(folder).config))
+    return NativeRunner.open(folder, pages=pages, page_size=options.page_size, threads=options.threads)
+
+
+ENGINES: dict[str, Opener] = {"torch": open_torch_runner, "native": open_native_runner}
 
 
 def open_engine(

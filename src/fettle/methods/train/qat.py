@@ -128,8 +128,8 @@ class Qat(LoopFields, SignalFields, GridFields):
             found = read_quantized(checkpoint, linear, stored)
             if not isinstance(found, QuantizedTensor):
                 raise RecipeError(
-                    f"{linear.name} is stored as {found.scheme.describe()}, and qat trains a code for each weight; "
-                    "give it the original model, or one compressed with a method such as gptq"
+                    f"{linear.name} is stored as {found.scheme.describe()}, and qat trains one for each weight; give "
+                    "it the original model, or one compressed with a method such as gptq"
                 )
             weight = leaning_start(found, original(linear)).to(module.weight.device)
             made = FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)

@@ -1,0 +1,109 @@
+"""Speed of the native matrix products beside this machine's own limits, one JSON line out.
+
+    python benchmarks/kernels/native_matmul.py [--threads 2] [--rows 5632 --columns 2048] [--repeats 5] [--ggml DIR]
+
+For each format: one token (memory is the limit; the weight is read from memory, so many copies of it are gone through
+in turn), and 512 tokens (arithmetic is the limit). The machine's bandwidth and its peak for products of bytes are
+measured between them, in the same run, again and again; shares are medians of each repeat's own ratio. With --ggml,
+the folder of llama.cpp's libggml-base.so and libggml-cpu.so, each repeat also times its products in the type named
+beside the format, and ratios are to those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers.ggml import TYPES, Ggml
+
+from fettle.kernels.native import plane
+from fettle.tensors.grid import Grid, uniform
+from fettle.tensors.levels import named
+
+BEYOND_CACHE = 1 << 27  # bytes that the copies of a weight take together
+
+
+def random_matrix(rows: int, columns: int, grid: Grid, group: int, pool: Any, seed: int) -> Any:
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, len(grid.levels), (rows, columns), dtype=np.uint8)
+    scales = np.full((rows, -(-columns // group)), 0.01, np.float16).view(np.uint16)
+    return plane().coded(codes, columns, 8, grid.bits, group, scales, "float16", list(grid.levels), None, 1.0, pool)
+
+
+def seconds(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def rival(kind: str, options: argparse.Namespace) -> tuple[Any, Any, int] | None:
+    """llama.cpp's products in a type: decode over copies beyond the caches, prefill, and the bytes of the former."""
+    if options.ggml is None or not kind:
+        return None
+    library = Ggml(options.ggml, options.threads)
+    _, block, block_bytes = TYPES[kind]
+    nbytes = options.rows * options.columns // block * block_bytes
+    copies = max(2, BEYOND_CACHE // nbytes)
+    one = library.graph(kind, options.rows, options.columns, copies, 1)
+    many = library.graph(kind, options.rows, options.columns, 1, 512)
+    library.run(many)
+    return (lambda: library.run(one)), (lambda: library.run(many)), copies
+
+
+def measure(name: str, grid: Grid, group: int, kind: str, options: argparse.Namespace, pool: Any) -> dict[str, Any]:
+    rows, columns = options.rows, options.columns
+    first = random_matrix(rows, columns, grid, group, pool, 0)
+    count = max(2, BEYOND_CACHE // first.nbytes)
+    copies = [first, *(random_matrix(rows, columns, grid, group, pool, i) for i in range(1, count))]
+    one = np.random.default_rng(1).standard_normal((1, columns)).astype(np.float32)
+    many = np.random.default_rng(2).standard_normal((512, columns)).astype(np.float32)
+    other = rival(kind, options)
+    found: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        bandwidth, peak = plane().memory_bandwidth(pool, BEYOND_CACHE, 1), plane().integer_peak(pool, 1)
+        decode = seconds(lambda: [matrix.multiply(one, pool, True) for matrix in copies]) / count
+        prefill = seconds(lambda: first.multiply(many, pool, True))
+        figures = {
+            "decode_gb_per_second": first.nbytes / decode / 1e9,
+            "memory_bandwidth_share": first.nbytes / decode / bandwidth,
+            "prefill_gop_per_second": 2 * rows * columns * 512 / prefill / 1e9,
+            "arithmetic_share": 2 * rows * columns * 512 / prefill / peak,
+        }
+        if other is not None:
+            figures[f"decode_speed_over_{kind}"] = seconds(other[0]) / other[2] / decode
+            figures[f"prefill_speed_over_{kind}"] = seconds(other[1]) / prefill
+        for key, value in figures.items():
+            found.setdefault(key, []).append(value)
+    middle = {key: round(statistics.median(values), 3) for key, values in found.items()}
+    bits = round(8 * first.nbytes / (rows * columns), 3)
+    return {"format": name, "group_size": group, "bits_per_weight": bits, **middle}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, value in (("--threads", 2), ("--rows", 5632), ("--columns", 2048), ("--repeats", 5)):
+        parser.add_argument(flag, type=int, default=value)
+    parser.add_argument("--ggml", type=Path, help="the folder of llama.cpp's ggml libraries")
+    options = parser.parse_args()
+    pool = plane().Pool(options.threads)
+    formats = [
+        ("uniform 4", uniform(4), 32, "Q4_0"),
+        ("uniform 4", uniform(4), 128, "Q4_K"),
+        ("uniform 8", uniform(8), 32, "Q8_0"),
+        ("uniform 2", uniform(2), 64, "Q2_K"),
+        ("ternary", named("ternary"), 256, "TQ2_0"),
+        *((f"uniform {bits}", uniform(bits), 32, "") for bits in (3, 5, 6)),
+        ("normal float 4", named("normal_float", 4), 32, ""),
+    ]
+    results = [measure(*each, options, pool) for each in formats]
+    shape = [options.rows, options.columns]
+    print(json.dumps({"benchmark": "native_matmul", "threads": options.threads, "shape": shape, "formats": results}))
+
+
+if __name__ == "__main__":
+    main()

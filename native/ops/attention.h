@@ -1,0 +1,192 @@
+// Attention over a paged cache, a page at a time with the online softmax (Milakov and Gimelshein 2018,
+// https://arxiv.org/abs/1805.02867): memory is linear in the length, and no matrix of scores exists.
+//
+//   m' = max(m, max_j s_j)    l' = l·e^(m-m') + Σ_j e^(s_j-m')    out' = out·e^(m-m') + Σ_j e^(s_j-m') v_j
+//
+// Keys of a page lie [head_size][page_size], so that the scores of neighbouring positions are one register and no sum
+// crosses it. Each row (a head of a token) does the same sums whatever else is in the call: tokens do not change with
+// the batch. Included once for each instruction set.
+#pragma once
+
+#include <cmath>
+
+#include "ops/kernels.h"
+#include "ops/vectors.h"
+
+namespace fettle {
+namespace {
+
+constexpr float kNothing = -3.0e38f;  // the maximum of no scores
+
+inline const float* widen(const void* from, Number type, int64_t first, int64_t count, float* scratch) {
+  if (type == Number::float32) return static_cast<const float*>(from) + first;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store(scratch + i, load_number(from, type, first + i));
+  const uint16_t* half = static_cast<const uint16_t*>(from) + first;
+  for (; i < count; ++i) scratch[i] = type == Number::float16 ? from_float16(half[i]) : from_bfloat16(half[i]);
+  return scratch;
+}
+
+// One score. Never inlined: in a loop over rows the compiler fuses other products and sums than in a loop of its own, and
+// a row's score must not depend on how many rows there are.
+__attribute__((noinline)) float score_alone(const float* query, const float* keys, int size, int page) {
+  float total = 0;
+  for (int d = 0; d < size; ++d) total += query[d] * keys[d * page];
+  return total;
+}
+
+// scores[r][j] = Σ_d queries[r][d] · keys[d][j], for R rows that read the keys together
+template <int R>
+inline void score(const float* const* queries, const float* keys, int size, int page, float* scores, int64_t stride) {
+  int j = 0;
+  for (; j + 16 <= page; j += 16) {
+    Floats low[R], high[R];
+    for (int r = 0; r < R; ++r) low[r] = high[r] = Floats{};
+    for (int d = 0; d < size; ++d) {
+      const Floats a = load(keys + d * page + j), b = load(keys + d * page + j + 8);
+      for (int r = 0; r < R; ++r) {
+        const Floats q = all(queries[r][d]);
+        low[r] += q * a;
+        high[r] += q * b;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store(scores + r * stride + j, low[r]);
+      store(scores + r * stride + j + 8, high[r]);
+    }
+  }
+  for (; j < page; ++j)
+    for (int r = 0; r < R; ++r) scores[r * stride + j] = score_alone(queries[r], keys + j, size, page);
+}
+
+// out = out · keep + Σ_j weights[j] · values[j], j from first to last-1
+inline void accumulate(float* out, float keep, const float* weights, const float* values, int first, int last, int size) {
+  int d = 0;
+  for (; d + 32 <= size; d += 32) {
+    Floats a = load(out + d) * keep, b = load(out + d + 8) * keep;
+    Floats e = load(out + d + 16) * keep, f = load(out + d + 24) * keep;
+    for (int j = first; j < last; ++j) {
+      const float* row = values + j * size + d;
+      a += weights[j] * load(row);
+      b += weights[j] * load(row + 8);
+      e += weights[j] * load(row + 16);
+      f += weights[j] * load(row + 24);
+    }
+    store(out + d, a);
+    store(out + d + 8, b);
+    store(out + d + 16, e);
+    store(out + d + 24, f);
+  }
+  for (; d < size; ++d) {
+    float total = out[d] * keep;
+    for (int j = first; j < last; ++j) total += weights[j] * values[j * size + d];
+    out[d] = total;
+  }
+}
+
+// Scores of positions first … last-1 of a page into the running softmax of one row. Lanes outside hold rubbish, which
+// is replaced before it is counted; scores has room for whole registers.
+inline void absorb(float* scores, int first, int last, const AttentionQueries& q, float* state, const float* values,
+                   int size, float* out) {
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  Floats tops = all(kNothing);
+  for (int j = first / 8 * 8; j < last; j += 8) {
+    Floats s = load(scores + j) * q.scale;
+    if (q.soft_cap != 0) s = q.soft_cap * hyperbolic_tangent(s / q.soft_cap);
+    s = ((lanes + j >= first) & (lanes + j < last)) ? s : all(kNothing);
+    store(scores + j, s);
+    tops = larger(tops, s);
+  }
+  const float top = largest(tops), maximum = top > state[0] ? top : state[0];
+  const float keep = exponential(all(state[0] - maximum))[0];
+  Floats total = {};
+  for (int j = first / 8 * 8; j < last; j += 8) {
+    const Floats power = exponential(load(scores + j) - maximum);
+    store(scores + j, power);
+    total += power;
+  }
+  state[0] = maximum;
+  state[1] = state[1] * keep + sum(total);
+  accumulate(out, keep, scores, values, first, last, size);
+}
+
+// Where a row's query and output lie.
+inline int64_t row_place(const AttentionQueries& q, int row, int size) {
+  return row / q.heads * q.token_stride + static_cast<int64_t>(row % q.heads) * size;
+}
+
+constexpr int kTogether = 4;  // rows that read keys from a register together
+
+// One page for all rows.
+inline void attend_page(const AttentionQueries& q, int start, int page, int size, const float* keys, const float* values,
+                        float* scores, int64_t stride, float* states) {
+  const int rows = q.tokens * q.heads;
+  for (int first = 0; first < rows; first += kTogether) {
+    const int count = rows - first < kTogether ? rows - first : kTogether;
+    if (q.position + (first + count - 1) / q.heads < start) continue;  // the page is later than all of them
+    const float* queries[kTogether];
+    for (int r = 0; r < kTogether; ++r) queries[r] = q.queries + row_place(q, first + (r < count ? r : 0), size);
+    if (count == kTogether) {
+      score<kTogether>(queries, keys, size, page, scores, stride);
+    } else {
+      for (int r = 0; r < count; ++r) score<1>(queries + r, keys, size, page, scores + r * stride, stride);
+    }
+    for (int r = 0; r < count; ++r) {
+      const int position = q.position + (first + r) / q.heads;
+      const int seen = position + 1 - start < page ? position + 1 - start : page;
+      const int lost = q.window > 0 && position + 1 - q.window > start ? position + 1 - q.window - start : 0;
+      if (lost >= seen) continue;
+      absorb(scores + r * stride, lost, seen, q, states + 2 * (first + r), values, size, q.out + row_place(q, first + r, size));
+    }
+  }
+}
+
+void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) {
+  const int size = cache.head_size, page = cache.page_size, rows = q.tokens * q.heads;
+  const int64_t slab = static_cast<int64_t>(size) * page, stride = (page + 7) / 8 * 8;
+  float* wide_keys = scratch;
+  float* wide_values = wide_keys + slab;
+  float* scores = wide_values + slab;
+  float* states = scores + kTogether * stride;
+  for (int row = 0; row < rows; ++row) {
+    states[2 * row] = kNothing;
+    states[2 * row + 1] = 0;
+    float* out = q.out + row_place(q, row, size);
+    for (int d = 0; d < size; ++d) out[d] = 0;
+  }
+  const int oldest = q.window > 0 && q.position + 1 > q.window ? q.position + 1 - q.window : 0;
+  const int newest = q.position + q.tokens - 1;
+  for (int number = oldest / page; number <= newest / page; ++number) {
+    const int64_t first = (static_cast<int64_t>(q.pages[number]) * cache.kv_heads + q.kv_head) * slab;
+    const float* keys = widen(cache.keys, cache.type, first, slab, wide_keys);
+    const float* values = widen(cache.values, cache.type, first, slab, wide_values);
+    attend_page(q, number * page, page, size, keys, values, scores, stride, states);
+  }
+  for (int row = 0; row < rows; ++row) {
+    float* out = q.out + row_place(q, row, size);
+    const float share = 1.0f / states[2 * row + 1];
+    for (int d = 0; d < size; ++d) out[d] *= share;
+  }
+}
+
+void store_keys_values(const CacheLayer& cache, int page, int slot, const float* keys, const float* values) {
+  const int size = cache.head_size, length = cache.page_size;
+  for (int head = 0; head < cache.kv_heads; ++head) {
+    const int64_t slab = (static_cast<int64_t>(page) * cache.kv_heads + head) * size * length;
+    for (int d = 0; d < size; ++d) {
+      const float key = keys[head * size + d], value = values[head * size + d];
+      const int64_t key_at = slab + static_cast<int64_t>(d) * length + slot;
+      const int64_t value_at = slab + static_cast<int64_t>(slot) * size + d;
+      if (cache.type == Number::float32) {
+        static_cast<float*>(cache.keys)[key_at] = key;
+        static_cast<float*>(cache.values)[value_at] = value;
+      } else {
+        static_cast<uint16_t*>(cache.keys)[key_at] = to_float16(key);
+        static_cast<uint16_t*>(cache.values)[value_at] = to_float16(value);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fettle

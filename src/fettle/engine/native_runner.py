@@ -1,0 +1,107 @@
+"""The runner on the native data plane: a whole step of the decoder is one call into C++, without the GIL.
+
+    Batch → fettle._native.Decoder.step → logits
+
+It is opened from a checkpoint's files, and torch only reads them. With `integer` the inputs of compressed linears
+become bytes, a scale a token and block of columns (`kernels/native.py` has the formula); without, sums are in float32
+and equal the torch reference's up to their order. Dense weights are always multiplied in float32.
+
+Cost: the weights as stored, and the cache, whose pages take memory when they are first written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fettle.engine.native_table import TableReader
+from fettle.engine.runner import Batch, RunnerShape
+from fettle.errors import UsageError, unknown_word
+from fettle.kernels.native import default_threads, plane
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from fettle._native import Decoder
+
+CacheType = Literal["float16", "float32"]
+
+
+class NativeRunner:
+    """A checkpoint on the native data plane; one call at a time."""
+
+    def __init__(self, decoder: Decoder, shape: RunnerShape) -> None:
+        self._decoder = decoder
+        self._shape = shape
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        pages: int,
+        page_size: int = 16,
+        threads: int | None = None,
+        integer: bool = True,
+        cache_type: CacheType = "float16",
+        kernels: str = "",
+    ) -> NativeRunner:
+        """A runner for the checkpoint in `folder`.
+
+        Args:
+            folder: of the checkpoint, compressed or not.
+            pages: of the cache.
+            page_size: tokens a page.
+            threads: to compute with; None: all processors that the process may use.
+            integer: whether compressed linears read their inputs as bytes.
+            cache_type: what keys and values are kept in.
+            kernels: "portable" or "avx2"; "" for the best that this processor runs.
+
+        Raises:
+            UsageError: there is no native data plane here, it lacks a part of this model, or a number cannot be.
+            CheckpointError: damaged files.
+        """
+        if min(pages, page_size) < 1 or (threads is not None and threads < 1):
+            raise UsageError(f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1")
+        if cache_type not in ("float16", "float32"):
+            raise UsageError(unknown_word("cache type", str(cache_type), ("float16", "float32")))
+        native = plane()
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.verify_hashes()
+        pool = native.Pool(threads or default_threads())
+        reader = TableReader(checkpoint, read_anatomy(checkpoint), pool)
+        decoder = native.Decoder(reader.read(), pages, page_size, cache_type, pool, integer, kernels)
+        shape = RunnerShape(
+            page_size=page_size,
+            pages=pages,
+            page_bytes=decoder.page_bytes,
+            vocab_size=reader.sizes.vocabulary,
+            context_length=reader.sizes.context,
+            rope_switch=None if reader.rotary is None else reader.rotary.switch,
+        )
+        return cls(decoder, shape)
+
+    @property
+    def shape(self) -> RunnerShape:
+        """Sizes of the cache and of the model."""
+        return self._shape
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all matrices in the kernels' layout."""
+        return self._decoder.weight_bytes
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """As `Runner.run`."""
+        return self._decoder.step(
+            batch.tokens,
+            batch.positions,
+            batch.query_starts,
+            batch.known_lengths,
+            batch.page_table,
+            batch.logit_rows,
+            batch.copies,
+        )

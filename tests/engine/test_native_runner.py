@@ -1,0 +1,54 @@
+"""The engine over the native runner: the torch runner's tokens, through batching, short caches and guesses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fettle.cli.main import main
+from fettle.engine.engine import Engine
+from fettle.engine.native_runner import NativeRunner
+from fettle.engine.runners import RunnerOptions, open_engine, open_native_runner
+from fettle.engine.scheduler import SchedulerOptions
+from fettle.engine.sequence import Request
+from fettle.engine.speculative import PromptLookup
+from fettle.errors import UsageError
+from fettle.kernels import native
+from fettle.models.source import demo_folder
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the native data plane is not built")
+
+
+def requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (3, 41, 17, 9, 30)
+    return [
+        Request(prompt=tuple(torch.randint(5, 4000, (n,), generator=generator).tolist()), max_tokens=10)
+        for n in lengths
+    ]
+
+
+def test_greedy_tokens_are_those_of_the_torch_runner() -> None:
+    expected = [made.tokens for made in open_engine("demo").generate(requests())]
+    exact = NativeRunner.open(demo_folder(), pages=12, page_size=8, threads=2, integer=False, cache_type="float32")
+    options = SchedulerOptions(max_sequences=3, max_step_tokens=16)  # 96 positions: sequences are thrown out again
+    assert [made.tokens for made in Engine(exact, options=options).generate(requests())] == expected
+    guessing = Engine(exact, options=options, drafter=PromptLookup())
+    assert [made.tokens for made in guessing.generate(requests())] == expected
+
+
+def test_it_is_opened_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "demo", "--prompt", "def add(a, b):", "--max-tokens", "8"]
+    assert main([*command, "--engine", "native", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert main(command) == 0
+    assert said == capsys.readouterr().out
+
+
+def test_what_it_does_not_run_is_refused() -> None:
+    with pytest.raises(UsageError, match="--device cuda"):
+        open_native_runner(Path(), RunnerOptions(device="cuda"))
+    with pytest.raises(UsageError, match="--generic"):
+        open_native_runner(Path(), RunnerOptions(generic=True))
