@@ -46,8 +46,15 @@ FIELDS: list[dict[str, Any]] = [
 ]
 SHAPES = [(7, 172), (64, 172), (5, 20), (1, 1), (3, 33)]
 
-SCALAR = [name for name, cls in METHODS.items() if isinstance(cls().scheme("float32"), Scheme)]
+# methods that choose codes; those that store factors alone have a scheme of no bits and a suite of their own
+SCALAR = [
+    name
+    for name, cls in METHODS.items()
+    if isinstance(cls().scheme("float32"), Scheme) and ".quantize." in cls.__module__
+]
 VECTOR = {"residual_codebooks"}
+PRUNERS = {"magnitude", "wanda", "sparsegpt", "taylor", "activation_sparsity"}  # test_pruning_methods.py
+FACTORS = {"svd", "asvd", "svd_llm"}  # tests/methods/factor/test_factors.py
 
 every_method = pytest.mark.parametrize("name", SCALAR)
 
@@ -278,4 +285,4 @@ def test_only_what_makes_no_sense_is_refused(name: str) -> None:
 
 
 def test_every_method_is_in_one_suite() -> None:
-    assert set(METHODS) - set(SCALAR) == VECTOR
+    assert set(METHODS) == set(SCALAR) | VECTOR | PRUNERS | FACTORS

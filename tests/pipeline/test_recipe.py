@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fettle.errors import RecipeError
-from fettle.pipeline.recipe import Where, load_recipe, parse_blocks, parse_recipe, shipped_recipes
+from fettle.pipeline.recipe import load_recipe, parse_recipe, shipped_recipes
+from fettle.pipeline.where import Where, parse_blocks
 
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 32}
 

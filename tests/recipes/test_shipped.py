@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import fettle
 from fettle.pipeline.recipe import CalibrationOptions, assign, load_recipe, parse_recipe, shipped_recipes
@@ -13,8 +14,8 @@ from fettle.pipeline.recipe import CalibrationOptions, assign, load_recipe, pars
 RECIPES = shipped_recipes()
 NAMES = {
     "default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit", "awq-4bit",
-    "learned-rounding-3bit", "w8a8-dynamic", "rotated-w4a8-dynamic", "w8a8-static", "residual-codebooks-2bit",
-    "wanda-50", "sparsegpt-2of4-4bit",
+    "learned-rounding-3bit", "w8a8-dynamic", "drop-2-4bit", "narrow-0.6x", "svd-half", "rotated-w4a8-dynamic",
+    "w8a8-static", "residual-codebooks-2bit", "wanda-50", "sparsegpt-2of4-4bit",
 }  # fmt: skip
 
 
@@ -37,7 +38,19 @@ def test_a_recipe_is_found_by_name_and_equals_what_it_writes(path: Path) -> None
     assert parse_recipe(recipe.to_dict(), path.stem) == recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("name", "blocks", "linears"), [("drop-2-4bit", 4, 4 * 7), ("narrow-0.6x", 6, 0)]
+)  # fmt: skip
+def test_a_recipe_reshapes_the_embedded_model(name: str, blocks: int, linears: int, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(load_recipe(name), calibration=CalibrationOptions(windows=4, length=64))
+    made = fettle.compress("demo", tmp_path / "out", recipe, evaluate=False)
+    model = AutoModelForCausalLM.from_pretrained(made.folder)
+    assert model.config.num_hidden_layers == blocks
+    assert len(made.summary["ledger"]) == linears
+    assert made.summary["output"]["bytes"] < 0.8 * made.summary["base"]["bytes"]
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if not load_recipe(p).reshaping], ids=lambda path: path.stem)
 def test_a_recipe_compresses_a_tiny_model(path: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     small = CalibrationOptions(windows=8, length=64, text=str(text_file))
     recipe = dataclasses.replace(load_recipe(path), calibration=small)

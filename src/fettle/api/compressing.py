@@ -28,6 +28,7 @@ from fettle.models.writer import write_json, write_text
 from fettle.pipeline.card import model_card
 from fettle.pipeline.journal import Journal, run_folder
 from fettle.pipeline.recipe import Recipe, load_recipe
+from fettle.pipeline.reshaping import tokenizer_of
 from fettle.pipeline.run import (
     MARKER,
     Run,
@@ -181,7 +182,7 @@ def _refuse_what_would_fail_later(run: Run, evaluate: bool | None, prompt: str |
         checked_prompt(run.asked, anatomy, load_tokenizer(folder), context, prompt)
     if not _is_measured(run, evaluate):
         return
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(run.checkpoint)
     if tokenizer is None or anatomy.embedding is None:
         lack = "tokenizer files" if tokenizer is None else "embedding that fettle can find"
         raise UsageError(
@@ -211,11 +212,29 @@ def _length(run: Run) -> int:
 
 
 def _measure(run: Run, output: Path, progress: Progress) -> dict[str, Any]:
+    if any("used" in step for step in run.reshaped):  # the tokens of the two are not the same
+        return _measure_apart(run, output, progress)
     measured = measure_folder(
         output, reference=run.checkpoint.folder, length=_length(run), max_tokens=EVALUATION_TOKENS, device=run.device,
-        threads=run.workers.threads, generic=run.identity["generic"], progress=progress,
+        threads=run.workers.threads, generic=run.identity["generic"], reshaped=bool(run.reshaped), progress=progress,
     )  # fmt: skip
     return measured.to_json()
+
+
+def _measure_apart(run: Run, output: Path, progress: Progress) -> dict[str, Any]:
+    """Both models alone, each on its own tokens of the same text: bits a byte compare, a KL there is none."""
+    measured, original = (
+        measure_folder(
+            folder, length=_length(run), max_tokens=EVALUATION_TOKENS, device=run.device, threads=run.workers.threads,
+            progress=progress,
+        )
+        for folder in (output, run.checkpoint.folder)
+    )  # fmt: skip
+    return dataclasses.replace(
+        measured, reference_perplexity=original.perplexity, reference_bits_per_byte=original.bits_per_byte,
+        reference_perplexity_standard_error=original.perplexity_standard_error, reference_bytes=original.bytes,
+        reference_model_bits_per_weight=original.model_bits_per_weight, reference_hashes=original.model_hashes,
+    ).to_json()  # fmt: skip
 
 
 def _sample_kl(run: Run, output: Path, choice: Choice) -> float | None:
@@ -233,7 +252,7 @@ def _write_card_and_marker(run: Run, output: Path, journal: Journal, evaluation:
         results = {k: v for k, v in evaluation.to_json().items() if k not in UNSTABLE_RESULTS}
     content = marker(run, output, journal, results)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    method = config.get("quantization_config", {}).get("quant_method", "compressed-tensors")
+    method = config.get("quantization_config", {}).get("quant_method", "")
     calibration = dataclasses.replace(run.recipe.calibration, text=None)  # its path is nobody else's; the hash stands
     recipe_yaml = dataclasses.replace(run.recipe, calibration=calibration).to_yaml()
     write_text(output / "README.md", model_card(content, recipe_yaml, output.name, method))

@@ -73,6 +73,7 @@ def evaluate(
     device: str = "cpu",
     threads: int | None = None,
     generic: bool = False,
+    reshaped: bool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measures the files of a model, against the original where one is given; block by block, so memory stays small.
@@ -83,6 +84,7 @@ def evaluate(
         text: a UTF-8 file; None: the embedded held-out text.
         length: tokens a window, its first being BOS.
         max_tokens: use only the start of the text.
+        reshaped: whether blocks and widths may be others than the reference's; None: as the folder's fettle.json says.
     """
     check_device(device)
     folder = resolve(model)
@@ -93,8 +95,9 @@ def evaluate(
     windows = evaluation_windows(tokenizer, read_text(text, variant="heldout"), length=length, max_tokens=max_tokens)
     base = resolve(reference) if reference is not None else None
     return evaluate_streaming(
-        folder, base, windows, device=device, threads=threads, generic=generic, progress=progress or Silent()
-    )
+        folder, base, windows, device=device, threads=threads, generic=generic, reshaped=reshaped,
+        progress=progress or Silent(),
+    )  # fmt: skip
 
 
 def evaluate_cache(

@@ -27,6 +27,7 @@ from fettle.cli.output import console, duration, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
 from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags, with_masks
+from fettle.cli.reshaping import reshaping_table
 from fettle.errors import UsageError
 from fettle.report.tables import warning
 from fettle.search.budget import Budget, parse_size
@@ -142,6 +143,8 @@ def _print(summary: dict[str, Any], folder: Path, report: Path, finished: bool) 
         out.print(f"Not measured. Next: fettle evaluate {folder} --reference {summary['asked']}")
     if warning(summary):
         out.print(warning(summary), style="red", markup=False)
+    for step in summary.get("reshaped", ()):
+        show(out, reshaping_table(step))
     base, after = summary["base"]["bytes"], summary["output"]["bytes"]
     out.print(
         f"{folder}: {size(base)} → {size(after)}, {base / after:.2f} times smaller, "

@@ -7,10 +7,10 @@ from typing import Any, get_type_hints
 
 from fettle.cli.flags import default_words, flag_name, metavar
 from fettle.methods.protocols import RescalingMethod
-from fettle.methods.registry import BASES, METHODS
+from fettle.methods.registry import BASES, EVERY_METHOD
 from fettle.methods.train import TRAIN_METHODS
 
-_ALL: dict[str, type[Any]] = {**METHODS, **BASES}
+_ALL: dict[str, type[Any]] = {**EVERY_METHOD, **BASES}
 
 
 def describe_methods() -> list[dict[str, Any]]:

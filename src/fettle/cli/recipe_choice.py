@@ -2,6 +2,7 @@
 
     --recipe gptq-4bit                              a shipped recipe; --recipe my.yaml a file
     --method gptq --bits 4 --group-size 32          one method for every linear of the blocks
+    --parameters 0.6x                               the method resize: depth and widths are chosen together
     (neither)                                       the recipe "default"
     --rotate                                        any of these, on the rotated model
 
@@ -21,7 +22,7 @@ from fettle.cli.flags import dataclass_flags, flag_name, given, method_fields, m
 from fettle.errors import UsageError
 from fettle.methods.protocols import BasisMethod
 from fettle.methods.quantize.rotation import Rotation
-from fettle.methods.registry import METHODS, basis_from_fields, get
+from fettle.methods.registry import EVERY_METHOD, basis_from_fields, get
 from fettle.pipeline.recipe import CalibrationOptions, Recipe, load_recipe, parse_recipe, recipe_from_method, with_basis
 
 CALIBRATION_NAMES = {"text": "calibration"}  # `--calibration FILE` reads better than `--text FILE` beside evaluate's
@@ -34,7 +35,7 @@ def recipe_flags() -> list[python_inspect.Parameter]:
     return [
         *dataclass_flags(CalibrationOptions, rename=CALIBRATION_NAMES, panel="calibration"),
         *switched_flags(Rotation.switch, "Rotate the model first, by randomized Hadamard matrices.", Rotation),
-        *method_flags(METHODS),
+        *method_flags(EVERY_METHOD),
     ]
 
 
@@ -69,11 +70,15 @@ def _unrotated(recipe: str | None, method: str | None, fields: Mapping[str, Any]
     if method is not None:
         get(method)
         options = dataclasses.replace(CalibrationOptions(), **calibration)
-        return recipe_from_method(method, method_fields(METHODS, method, fields), options)
+        return recipe_from_method(method, method_fields(EVERY_METHOD, method, fields), options)
+    if recipe is None and "parameters" in flags:  # a shape alone: depth and widths are chosen together
+        return chosen_recipe(None, "resize", fields)
     if flags:
         spelled = ", ".join(f"--{flag_name(name)}" for name in flags)
         where = f"the recipe {recipe} says that itself, for each step: edit a copy of it" if recipe else "say which"
-        raise UsageError(f"{spelled} belongs to a method; {where}, or use --method NAME (one of {', '.join(METHODS)})")
+        raise UsageError(
+            f"{spelled} belongs to a method; {where}, or use --method NAME (one of {', '.join(EVERY_METHOD)})"
+        )
     base = load_recipe(recipe or DEFAULT_RECIPE)
     if not calibration:
         return base

@@ -48,7 +48,7 @@ def default_methods(
     """Uniform grids of these widths, groups of 32 with zero points, chosen by each of these methods."""
     widths = list(bits)
     return [
-        registry.from_fields(name, {"bits": width, "group_size": 32, "asymmetric": True})
+        registry.matrix_method(name, {"bits": width, "group_size": 32, "asymmetric": True})
         for name in names
         for width in widths
     ]
@@ -73,7 +73,7 @@ def parse_candidate(text: str) -> MatrixMethod:
         pattern = ":" in value  # which YAML takes for a number to the base of sixty
         spelled = None if value == "none" else value if pattern else yaml.safe_load(value)
         fields[key.replace("-", "_")] = spelled
-    return registry.from_fields(words[0], fields)
+    return registry.matrix_method(words[0], fields)
 
 
 def as_candidates(methods: Iterable[MatrixMethod | str | Mapping[str, Any]], dtype: str) -> list[Candidate]:
@@ -110,7 +110,7 @@ def _as_method(method: MatrixMethod | str | Mapping[str, Any]) -> MatrixMethod:
         return parse_candidate(method)
     if isinstance(method, Mapping):
         fields = {key: value for key, value in method.items() if key != "method"}
-        return registry.from_fields(str(method.get("method")), fields)
+        return registry.matrix_method(str(method.get("method")), fields)
     registry.validate(method)
     return method
 

@@ -77,6 +77,9 @@ def _tiled(
     if scheme.activations is not None:
         quantizer = InputQuantizer(activations=scheme.activations, fixed=stored_input_scale(state, scheme))
         wide = quantizer(wide)
+    if scheme.grid.is_nothing and isinstance(remainder, FactoredTensor):  # two thin products are all there is
+        product = remainder.multiply(wide)
+        return (product if bias is None else product + bias.float()).to(inputs.dtype)
     outputs = []
     for rows in row_tiles(*shape, TILE_WEIGHTS):
         weight = dequantize_rows(codes_of(rows), shared.rows(rows, scheme), scheme).float()

@@ -5,6 +5,7 @@ a pure function on tensors.
 
     MatrixMethod   weight [out, in], statistics → codes
     InputObserver  statistics → the stored scale of the inputs
+    SettledMethod  the weight → the same MatrixMethod with a scheme for it
     Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
     Rescaler       what a MatrixMethod may bring along: weights that read the same inputs → factors for those inputs
     BasisMethod     for the whole model, before all others: other coordinates, the same function
@@ -12,7 +13,7 @@ a pure function on tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -117,6 +118,31 @@ class BlockMethod(Protocol):
 
     def tuner(self) -> Tuner[Any] | None:
         """The tuner with this method's options; None where they turn it off."""
+        ...
+
+
+@runtime_checkable
+class LabelledMethod(Protocol):
+    """A MatrixMethod that a width of codes does not describe."""
+
+    def label(self) -> str:
+        """What one step with these fields is called in the name of a recipe: "svd-0.5x"."""
+        ...
+
+
+@runtime_checkable
+class SettledMethod(Protocol):
+    """A MatrixMethod whose scheme follows from the weight, such as a rank from a share or an energy: it is asked once,
+    before bytes are counted.
+    """
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the scheme is the same for every weight."""
+        ...
+
+    def settled(self, shape: tuple[int, int], read: Callable[[], Tensor]) -> MatrixMethod:
+        """The method with a scheme of its own for a weight [out, in]; `read` gives it, float32, where values count."""
         ...
 
 

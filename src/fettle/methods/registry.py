@@ -1,7 +1,8 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
-A method is registered by its import line in `methods/quantize/__init__.py` or `methods/prune/__init__.py`. `METHODS`
-compress one matrix each; `BASES` put the whole model into other coordinates before.
+A method is registered by its import line in `methods/quantize/__init__.py`, `methods/prune/__init__.py` or
+`methods/factor/__init__.py`; one that gives the whole model another shape, in `methods/reshape/__init__.py`. `METHODS`
+compress one matrix each, `MODEL_METHODS` reshape the model; `BASES` put the whole model into other coordinates.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import prune, quantize
-from fettle.methods.protocols import BasisMethod, MatrixMethod
+from fettle.methods import factor, prune, quantize, reshape
+from fettle.methods.protocols import BasisMethod, MatrixMethod, SettledMethod
+from fettle.methods.reshape.subject import ModelMethod
+
+Method = MatrixMethod | ModelMethod
 
 
-def _classes(verb: str) -> dict[str, Any]:
-    """The methods that can do `verb`, by name: what the package imports beside them is none."""
-    held = (value for room in (quantize, prune) for value in vars(room).values())
+def _classes(verb: str, *rooms: types.ModuleType) -> dict[str, Any]:
+    """The methods of these packages that can do `verb`, by name: what a package imports beside them is none."""
+    held = (value for room in rooms for value in vars(room).values())
     found = (value for value in held if isinstance(value, type) and hasattr(value, verb))
     classes: list[Any] = [value for value in found if dataclasses.is_dataclass(value)]
     return {cls.name: cls for cls in classes}
 
 
-METHODS: dict[str, type[MatrixMethod]] = _classes("compress")
-BASES: dict[str, type[BasisMethod]] = _classes("residual_map")
+METHODS: dict[str, type[MatrixMethod]] = _classes("compress", quantize, prune, factor)
+MODEL_METHODS: dict[str, type[ModelMethod]] = _classes("reshape", reshape)
+EVERY_METHOD: dict[str, type[Method]] = {**METHODS, **MODEL_METHODS}
+BASES: dict[str, type[BasisMethod]] = _classes("residual_map", quantize)
 Built = TypeVar("Built")
 
 
-def get(name: str) -> type[MatrixMethod]:
+def get(name: str) -> type[Method]:
     """The method of this name.
 
     Raises:
@@ -42,12 +48,38 @@ def get(name: str) -> type[MatrixMethod]:
             f"{name} is for the whole model and compresses no linear by itself; make it the first step of a recipe "
             f"(- method: {name}), or give --{BASES[name].switch} beside --method"
         )
-    if name not in METHODS:
-        raise RecipeError(unknown_word("method", name, METHODS))
-    return METHODS[name]
+    if name not in EVERY_METHOD:
+        raise RecipeError(unknown_word("method", name, EVERY_METHOD))
+    return EVERY_METHOD[name]
 
 
-def from_fields(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
+def reshapes(method: Method) -> typing.TypeGuard[ModelMethod]:
+    """Whether it gives the model another shape; else it compresses one matrix at a time."""
+    return type(method).name in MODEL_METHODS
+
+
+def matrix_method(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
+    """`from_fields` where only methods for a matrix can be.
+
+    Raises:
+        RecipeError: the method reshapes models.
+    """
+    method = from_fields(name, mapping)
+    if reshapes(method):
+        raise RecipeError(
+            f"the method {name} gives the model another shape, and here a linear gets a method; one of "
+            f"{', '.join(METHODS)}"
+        )
+    found = typing.cast(MatrixMethod, method)
+    if isinstance(found, SettledMethod) and not found.is_settled:
+        raise RecipeError(
+            f"{name} is compared with other methods by the bytes that it leaves, so its rank has to be a number here; "
+            "give rank, such as rank=32"
+        )
+    return found
+
+
+def from_fields(name: str, mapping: Mapping[str, Any]) -> Method:
     """A checked method from plain values; what is not given keeps its default.
 
     Raises:
@@ -86,12 +118,12 @@ def _plain(value: Any, hint: Any) -> Any:
     return None if value == "none" and _fits(None, hint) and not _fits(value, hint) else value
 
 
-def to_fields(method: MatrixMethod | BasisMethod) -> dict[str, Any]:
+def to_fields(method: Method | BasisMethod) -> dict[str, Any]:
     """Every field with its value: what `from_fields` reads back to an equal method."""
     return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
 
 
-def validate(method: MatrixMethod | BasisMethod) -> None:
+def validate(method: Method | BasisMethod) -> None:
     """Checks every field's type and bounds, then what the method itself asks.
 
     Raises:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
     shards: tuple[str, ...]
     record: dict[str, Any] | None = field(default=None, repr=False)  # fettle.json, in a folder that fettle wrote
+    side_files: Mapping[str, str] = field(default_factory=dict, kw_only=True, repr=False)  # name → text, of views:
+    # instead of the folder's file of that name, such as a tokenizer with fewer words
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:

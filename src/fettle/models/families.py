@@ -376,3 +376,9 @@ def find_family(model_type: str) -> Family:
         f"{unknown_word('model_type', model_type, known)}. What is missing is its table of blocks and matrices in "
         "fettle/models/families.py. Use --generic (generic=True) to treat every matrix under its numbered blocks alike."
     )
+
+
+#: families whose configuration says the size of a head apart from the width, so that heads can go and the width stays
+FREE_HEAD_SIZE = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral", "qwen3_moe"})
+#: of these, the ones with root-mean-square norms alone and embeddings as they are: their width can shrink exactly
+FREE_WIDTH = FREE_HEAD_SIZE - {"gemma2"}

@@ -12,10 +12,10 @@ and with the values v → v·R_b of each head: rows of the value matrix and its 
 projection times R_b, head by head; attention mixes tokens and not channels, so heads that share values need nothing
 else.
 
-Why a view of the files: the walk, the second copy of a block, statistics, a budget's search and what is copied
-unchanged all read the base through `Checkpoint`. Seen through this, the base *is* the rotated model, and nobody else
-needs to know. Every tensor is a pure function of the files and of R, so a resumed run reads the same bytes; memory
-stays one tensor above what the walk needs anyway.
+Why a view: the walk, the second copy of a block, statistics, a budget's search and what is copied unchanged all read
+the base through `Checkpoint`. Seen through this, the base *is* the rotated model, and nobody else needs to know. What
+is rotated may itself be a view of another shape (`view.py`). Every tensor is a pure function of the files and of R, so
+a resumed run reads the same bytes; memory stays one tensor above what the walk needs anyway.
 
 What is kept is written in the type of its tensor, so a bfloat16 model's embedding, head and routers are rounded once
 more; what is compressed is read in float32 (`in_float32`). A tied head gets a tensor of its own, as the final norm goes
@@ -69,6 +69,7 @@ class _Change:
 class RotatedCheckpoint(Checkpoint):
     """A checkpoint whose tensors are read rotated; see the module docstring. Make it with `rotate`."""
 
+    base: Checkpoint = field(kw_only=True, repr=False)  # as it lies on disk, or a view of another shape
     changes: dict[str, _Change] = field(default_factory=dict, repr=False)
     exact: frozenset[str] = frozenset()  # read in float32
 
@@ -80,17 +81,21 @@ class RotatedCheckpoint(Checkpoint):
         """The rotated tensor, in its own type, or float32 where that was asked for."""
         change = self.changes.get(name)
         if change is None:
-            return super().read(name)
-        return self._changed(name, change, super().read(change.source))
+            return self.base.read(name)
+        return self._changed(name, change, self.base.read(change.source))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`; where rows are mixed, or it is a vector, all are read first."""
         change = self.changes.get(name)
         if change is None:
-            return super().read_rows(name, start, stop)
+            return self.base.read_rows(name, start, stop)
         if change.rows is not None or change.transposed or len(self.entry(name).shape) == 1:
             return self.read(name)[start:stop]
-        return self._changed(name, change, super().read_rows(change.source, start, stop))
+        return self._changed(name, change, self.base.read_rows(change.source, start, stop))
+
+    def file_hashes(self) -> dict[str, str]:
+        """The base's: what a run was started from."""
+        return self.base.file_hashes()
 
     def _changed(self, name: str, change: _Change, stored: Tensor) -> Tensor:
         dtype = torch.float32 if name in self.exact else stored.dtype
@@ -107,7 +112,7 @@ class RotatedCheckpoint(Checkpoint):
         return (matrix.T if change.transposed else matrix).to(dtype).contiguous()
 
     def _scale(self, name: str, divided: bool) -> Tensor:
-        norm = super().read(name)
+        norm = self.base.read(name)
         check_finite(name, norm)
         if not divided:
             return norm
@@ -151,7 +156,7 @@ def rotate(checkpoint: Checkpoint, anatomy: Anatomy, basis: Basis) -> RotatedChe
         _rotate_heads(checkpoint, block, basis, changes)
     return RotatedCheckpoint(
         folder=checkpoint.folder, config=config, entries=entries, shards=checkpoint.shards, record=checkpoint.record,
-        changes=changes,
+        side_files=checkpoint.side_files, base=checkpoint, changes=changes,
     )  # fmt: skip
 
 

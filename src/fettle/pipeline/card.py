@@ -9,6 +9,8 @@ LOAD_STANDARD = """from transformers import {auto}, AutoTokenizer  # with compre
 model = {auto}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
+LOAD_PLAIN = LOAD_STANDARD.replace("  # with compressed-tensors installed", "")
+
 LOAD_FETTLE = """import fettle
 
 loaded = fettle.load("{folder}")  # loaded.model, loaded.tokenizer"""
@@ -29,12 +31,12 @@ ROWS = (
 
 
 def model_card(marker: dict[str, Any], recipe_yaml: str, folder_name: str, quant_method: str) -> str:
-    """Renders the card from `fettle.json`'s content; deterministic."""
+    """Renders the card from `fettle.json`'s content; deterministic. `quant_method`: empty where nothing is in codes."""
     base, calibration, results = marker["base"], marker["calibration"], marker["results"]
     lines = [
         "---",
-        "library_name: " + ("transformers" if quant_method == "compressed-tensors" else "fettle"),
-        "tags: [fettle, quantized]",
+        "library_name: " + ("fettle" if quant_method == "fettle" else "transformers"),
+        f"tags: [fettle, {'quantized' if quant_method else 'pruned'}]",
         "---",
         f"# {base['name']}, compressed with fettle ({marker['recipe']['name']})",
         "",
@@ -45,13 +47,13 @@ def model_card(marker: dict[str, Any], recipe_yaml: str, folder_name: str, quant
         "## How to load it",
         "",
         "```python",
-        (LOAD_STANDARD if quant_method == "compressed-tensors" else LOAD_FETTLE).format(
+        {"": LOAD_PLAIN, "compressed-tensors": LOAD_STANDARD}.get(quant_method, LOAD_FETTLE).format(
             folder=folder_name, auto="AutoModelForCausalLM" if marker["causal"] else "AutoModel"
         ),
         "```",
         "",
     ]
-    if quant_method != "compressed-tensors":
+    if quant_method == "fettle":
         lines += [
             "The compressed-tensors standard cannot say this scheme, so plain transformers refuses the folder; fettle "
             "loads it.",

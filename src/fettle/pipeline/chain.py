@@ -24,7 +24,8 @@ import yaml
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
 from fettle.methods.train import TRAIN_METHODS, Adapter, TrainMethod
-from fettle.pipeline.recipe import Recipe, load_recipe, parse_file, parse_recipe
+from fettle.pipeline.recipe import Recipe, load_recipe, parse_recipe
+from fettle.pipeline.recipe_yaml import parse_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ class Plan:
     recipe: str
     base_bytes: int
     output_bytes: int  # exact: all shards of the written model
-    bits_per_weight: float  # over the compressed linears, everything stored counted
+    bits_per_weight: float  # over the compressed linears, everything stored counted; 0 where there are none
     linears: int
     kept_linears: int
     seconds: float  # estimated from one block
@@ -87,7 +87,7 @@ def plan_run(run: Run, progress: Progress, folder: Path | None = None) -> Plan:
         recipe=run.recipe.name,
         base_bytes=sum((run.checkpoint.folder / shard).stat().st_size for shard in run.checkpoint.shards),
         output_bytes=layout.bytes,
-        bits_per_weight=8 * stored / weights,
+        bits_per_weight=8 * stored / weights if weights else 0.0,
         linears=len(layout.compressions),
         kept_linears=sum(1 for _ in run.anatomy.linears())
         - sum(c.linear.block is not None for c in layout.compressions),

@@ -8,58 +8,40 @@
         bits: 4
         where: {role: [gate, up, down], blocks: "0-3,-1", name: "*.mlp.*"}
 
+A step that gives the model another shape (`drop_layers`, `narrow`, …) is about the whole model: it has no `where`, and
+stands before the steps that compress linears, which then see the new shape.
+
 A step without `where` means every linear of the blocks except routers: a quantized router sends tokens to the wrong
 experts and saves nothing. Embeddings and the head are touched only by a step that names them. Where several steps match
 one linear, the last one wins.
 
-A step of a method for the whole model (`- method: rotation`) stands first, once and without `where`: all steps behind
-it see the model as it leaves it.
+A step that puts the whole model into other coordinates (`- method: rotation`) stands before all that compress, once and
+without `where`: the steps behind it see the model as it leaves it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
-from fettle.methods.protocols import BasisMethod, MatrixMethod
-from fettle.models.anatomy import Anatomy, Linear
+from fettle.methods.protocols import BasisMethod, LabelledMethod, MatrixMethod
+from fettle.methods.registry import Method
+from fettle.methods.reshape.subject import ModelMethod
+from fettle.models.anatomy import Anatomy
+from fettle.pipeline.recipe_yaml import parse_file, refuse_unknown
+from fettle.pipeline.where import Where, parse_where
 from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Scheme
 
 Storage = Literal["pack-quantized", "int-quantized", "dense"]  # dense: pruned weights alone, zeros written out
 Allocation = Literal["uniform", "global", "sensitivity", "outliers"]
-Parsed = TypeVar("Parsed")
-NAMED_ONLY = frozenset({"embedding", "head", "router"})  # roles that a step must name to touch them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Where:
-    """Which linears a step touches; every given condition must hold."""
-
-    role: tuple[str, ...] | None = field(default=None, metadata={"help": "roles, such as query or down"})
-    blocks: str | None = field(default=None, metadata={"help": "blocks, such as 0-3,-1"})
-    name: str | None = field(default=None, metadata={"help": "glob over names, such as *.mlp.*"})
-
-    def matches(self, linear: Linear, block_count: int) -> bool:
-        """Whether the step touches this linear of a model with `block_count` blocks."""
-        if self.role is None and linear.role in NAMED_ONLY and not (self.name and linear.name == self.name):
-            return False
-        if self.role is not None and linear.role not in self.role:
-            return False
-        if self.blocks is not None and (
-            linear.block is None or linear.block not in parse_blocks(self.blocks, block_count)
-        ):
-            return False
-        return self.name is None or fnmatch.fnmatchcase(linear.name, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +62,9 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One method and the linears that it is for."""
+    """One method and the linears that it is for; a method that reshapes the model is for all of it."""
 
-    method: MatrixMethod
+    method: Method
     where: Where = field(default_factory=Where)
 
 
@@ -99,19 +81,33 @@ class Recipe:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     storage: Storage = "pack-quantized"
     allocation: Allocation = "uniform"
-    basis: BasisMethod | None = None  # what the whole model passes through before the steps
+    basis: BasisMethod | None = None  # what the whole model passes through before the steps that compress
+
+    @property
+    def reshaping(self) -> tuple[ModelMethod, ...]:
+        """The methods that give the model another shape, in order; they come first."""
+        return tuple(step.method for step in self.steps if registry.reshapes(step.method))
+
+    @property
+    def compressing(self) -> tuple[tuple[int, MatrixMethod, Where], ...]:
+        """The steps that compress linears: number in the recipe, from 1, method and where."""
+        return tuple(
+            (number, cast(MatrixMethod, step.method), step.where)
+            for number, step in enumerate(self.steps, start=1 if self.basis is None else 2)
+            if not registry.reshapes(step.method)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `parse_recipe` reads back to an equal recipe."""
         steps: list[dict[str, Any]] = []
-        if self.basis is not None:
-            steps.append({"method": self.basis.name, **registry.to_fields(self.basis)})
         for step in self.steps:
             where = {k: v for k, v in dataclasses.asdict(step.where).items() if v is not None}
             if "role" in where:
                 where["role"] = list(where["role"])
             entry: dict[str, Any] = {"method": step.method.name, **registry.to_fields(step.method)}
             steps.append({**entry, "where": where} if where else entry)
+        if self.basis is not None:  # behind the steps that reshape, before those that compress
+            steps.insert(len(self.reshaping), {"method": self.basis.name, **registry.to_fields(self.basis)})
         calibration = {k: v for k, v in dataclasses.asdict(self.calibration).items() if v is not None}
         spread = {} if self.allocation == "uniform" else {"allocation": self.allocation}
         return {"name": self.name, "calibration": calibration, "storage": self.storage, **spread, "steps": steps}
@@ -138,45 +134,6 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     return parse_file(path, parse_recipe)
 
 
-def parse_file(path: Path, parse: Callable[[Any, str], Parsed]) -> Parsed:
-    """What `parse` makes of a YAML file's plain values; it gets them and the path, for its errors.
-
-    Raises:
-        RecipeError: no YAML, a key that stands twice, or what `parse` refuses.
-    """
-    try:
-        return parse(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # ValueError: what is no UTF-8, and dates and numbers that Python cannot hold or print
-        raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types, without what would pass unnoticed: a key that stands twice, half a character."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
-        text = str(super().construct_scalar(node))
-        text.encode("utf-8")  # refuses half of a character, which an escape can spell
-        return text
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | str:
-        """A whole number; 2:4 is a pattern here, and no 124 to the base of sixty."""
-        return str(node.value) if ":" in node.value else int(self.construct_yaml_int(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
-
-
 def shipped_recipes() -> list[Path]:
     """The recipes that come with the package."""
     return sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -192,23 +149,21 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
         raise RecipeError(f"{origin}: a recipe is a mapping with the key 'steps', got {type(mapping).__name__}")
     if "stages" in mapping:
         raise RecipeError(f"{origin}: this is a chain of stages, which train; run it with: fettle train --recipe")
-    _refuse_unknown(mapping, ("name", "calibration", "storage", "allocation", "steps"), origin, "recipe key")
+    refuse_unknown(mapping, ("name", "calibration", "storage", "allocation", "steps"), origin, "recipe key")
     steps = mapping.get("steps")
     if not isinstance(steps, list) or not steps:
         raise RecipeError(f"{origin}: 'steps' must be a list with at least one step, got {steps!r}")
     storage = mapping.get("storage", "pack-quantized")
     if storage not in get_args(Storage):
         raise RecipeError(f"{origin}: {unknown_word('storage', str(storage), get_args(Storage))}")
-    basis = _parse_basis(steps, origin)
+    place, basis = _parse_basis(steps, origin)
     allocation = mapping.get("allocation", "uniform")
     if allocation not in get_args(Allocation):
         raise RecipeError(f"{origin}: {unknown_word('allocation', str(allocation), get_args(Allocation))}")
     recipe = Recipe(
         name=str(mapping.get("name", Path(origin).stem)),
         basis=basis,
-        steps=tuple(
-            _parse_step(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps) if i > 0 or basis is None
-        ),
+        steps=tuple(_parse_step(step, f"{origin}, step {i + 1}") for i, step in enumerate(steps) if i != place),
         calibration=_parse_calibration(mapping.get("calibration") or {}, origin),
         storage=storage,
         allocation=allocation,
@@ -218,12 +173,13 @@ def parse_recipe(mapping: Any, origin: str) -> Recipe:
 
 
 def check_recipe(recipe: Recipe, origin: str) -> None:
-    """Checks that storage, allocation and steps fit together.
+    """Checks that storage, allocation, basis and steps fit together, and that the steps' order is possible.
 
     Raises:
         RecipeError: they do not.
     """
-    schemes = [(step.method.name, step.method.scheme("float32")) for step in recipe.steps]
+    _check_order(recipe, origin)
+    schemes = [(method.name, method.scheme("float32")) for _, method, _ in recipe.compressing]
     for name, scheme in schemes:
         if recipe.storage == "dense" and not isinstance(scheme, MaskedScheme):
             raise RecipeError(
@@ -244,11 +200,34 @@ def check_recipe(recipe: Recipe, origin: str) -> None:
         )
 
 
+def _check_order(recipe: Recipe, origin: str) -> None:
+    """Raises RecipeError for a reshaping step behind one that compresses or with a `where`; a basis for nothing."""
+    if recipe.basis is not None and not recipe.compressing:
+        raise RecipeError(
+            f"{origin}: {recipe.basis.name} alone makes nothing smaller; add a step that compresses, such as: - "
+            "method: gptq"
+        )
+    for before, step in zip((None, *recipe.steps), recipe.steps, strict=False):
+        if not registry.reshapes(step.method):
+            continue
+        name = step.method.name
+        if step.where != Where():
+            raise RecipeError(f"{origin}: {name} gives the whole model another shape; leave 'where' out")
+        if before is not None and not registry.reshapes(before.method):
+            raise RecipeError(
+                f"{origin}: {name} gives the model another shape, so it comes before {before.method.name}, which "
+                "compresses linears as they then are; change the order of the steps"
+            )
+
+
 def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: CalibrationOptions | None = None) -> Recipe:
     """The one-line form: one method for every linear of the blocks."""
     method = registry.from_fields(name, fields)
-    title = _title(method)
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
+    if registry.reshapes(method):
+        return Recipe(name=method.label(), steps=(Step(method=method),), calibration=checked)
+    method = cast(MatrixMethod, method)
+    title = method.label() if isinstance(method, LabelledMethod) else _title(method)
     return Recipe(name=title, steps=(Step(method=method),), calibration=checked, storage=_usual_storage(method))
 
 
@@ -256,7 +235,9 @@ def with_basis(recipe: Recipe, basis: BasisMethod) -> Recipe:
     """The recipe with `basis` before its steps; RecipeError where it has one already."""
     if recipe.basis is not None:
         raise RecipeError(f"the recipe {recipe.name} has a step {recipe.basis.name} already; leave out --rotate")
-    return dataclasses.replace(recipe, basis=basis, name=f"{basis.name}-{recipe.name}")
+    found = dataclasses.replace(recipe, basis=basis, name=f"{basis.name}-{recipe.name}")
+    check_recipe(found, recipe.name)
+    return found
 
 
 def _title(method: MatrixMethod) -> str:
@@ -286,64 +267,52 @@ def assign(recipe: Recipe, anatomy: Anatomy) -> dict[str, MatrixMethod]:
     linears = [*anatomy.linears(), *(x for x in (anatomy.embedding, anatomy.head) if x is not None)]
     roles = {linear.role for linear in linears}
     assigned: dict[str, MatrixMethod] = {}
-    for number, step in enumerate(recipe.steps, start=1):
-        for role in step.where.role or ():
+    for number, method, where in recipe.compressing:
+        for role in where.role or ():
             if role not in roles:
                 raise RecipeError(f"recipe {recipe.name}, step {number}: {unknown_word('role', role, roles)}")
-        matched = [linear for linear in linears if step.where.matches(linear, len(anatomy.blocks))]
+        matched = [linear for linear in linears if where.matches(linear, len(anatomy.blocks))]
         if not matched:
             raise RecipeError(
-                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(step.where)} matches no linear of this "  # noqa: E501
-                f"model; it has {len(anatomy.blocks)} blocks and the roles {', '.join(sorted(roles))}"
+                f"recipe {recipe.name}, step {number}: 'where' {dataclasses.asdict(where)} matches no linear of "
+                f"this model; it has {len(anatomy.blocks)} blocks and the roles {', '.join(sorted(roles))}"
             )
         for linear in matched:
-            assigned[linear.name] = step.method
+            assigned[linear.name] = method
     return assigned
 
 
-def parse_blocks(text: str, block_count: int | None) -> set[int]:
-    """The block indices that "0-3,-1" means in a model with `block_count` blocks; None checks the form alone."""
-    chosen: set[int] = set()
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(?:(-?\d{1,6})|(\d{1,6})-(-?\d{1,6}))\s*", part)
-        if match is None:
-            raise RecipeError(
-                f"blocks {text!r} is no list of blocks; write indices and ranges such as 0-3,7,-1 (-1 is the last)"
-            )
-        low, high = (int(match[1]), int(match[1])) if match[1] else (int(match[2]), int(match[3]))
-        if block_count is None:
-            continue
-        low, high = (index + block_count if index < 0 else index for index in (low, high))
-        if not 0 <= low <= high < block_count:
-            raise RecipeError(f"blocks {text!r}: {part.strip()} is outside 0 to {block_count - 1}")
-        chosen.update(range(low, high + 1))
-    return chosen
-
-
-def _parse_basis(steps: list[Any], origin: str) -> BasisMethod | None:
-    """The method of the first step where it is one for the whole model; RecipeError where one stands elsewhere."""
-    names = [step.get("method") if isinstance(step, Mapping) else None for step in steps]
-    for number, name in enumerate(names[1:], start=2):
-        if name in registry.BASES:
+def _parse_basis(steps: list[Any], origin: str) -> tuple[int | None, BasisMethod | None]:
+    """The method for the whole model, and which step it is; RecipeError where it stands elsewhere than first, steps
+    that reshape aside.
+    """
+    names = [str(step.get("method")) if isinstance(step, Mapping) else "" for step in steps]
+    place = next((i for i, name in enumerate(names) if name not in registry.MODEL_METHODS), len(names))
+    for number, name in enumerate(names, start=1):
+        if name in registry.BASES and number - 1 != place:
             raise RecipeError(
                 f"{origin}, step {number}: {name} is for the whole model, before anything is compressed; make it the "
-                "first step, and the only one of its kind"
+                "first step, behind those alone that reshape the model, and the only one of its kind"
             )
-    if names[0] not in registry.BASES:
-        return None
-    if "where" in steps[0]:
+    if place == len(names) or names[place] not in registry.BASES:
+        return None, None
+    for name in names[place + 1 :]:
+        if name in registry.MODEL_METHODS:
+            raise RecipeError(
+                f"{origin}: {name} gives the model another shape, so it comes before {names[place]}, which turns the "
+                "model as it then is; change the order of the steps"
+            )
+    where = f"{origin}, step {place + 1}"
+    if "where" in steps[place]:
         raise RecipeError(
-            f"{origin}, step 1: {names[0]} is for the whole model, all linears at once: leave out 'where' there; the "
+            f"{where}: {names[place]} is for the whole model, all linears at once: leave out 'where' there; the "
             "steps behind it may have one"
         )
-    if len(steps) == 1:
-        raise RecipeError(
-            f"{origin}: {names[0]} alone makes nothing smaller; add a step that compresses, such as: - method: gptq"
-        )
     try:
-        return registry.basis_from_fields(names[0], {key: value for key, value in steps[0].items() if key != "method"})
+        fields = {key: value for key, value in steps[place].items() if key != "method"}
+        return place, registry.basis_from_fields(names[place], fields)
     except RecipeError as error:
-        raise RecipeError(f"{origin}, step 1: {error}") from None
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _parse_step(mapping: Any, origin: str) -> Step:
@@ -354,28 +323,14 @@ def _parse_step(mapping: Any, origin: str) -> Step:
         method = registry.from_fields(str(mapping["method"]), fields)
     except RecipeError as error:
         raise RecipeError(f"{origin}: {error}") from None
-    return Step(method=method, where=_parse_where(mapping.get("where") or {}, origin))
-
-
-def _parse_where(mapping: Any, origin: str) -> Where:
-    if not isinstance(mapping, Mapping):
-        raise RecipeError(f"{origin}: 'where' is a mapping with role, blocks or name, got {mapping!r}")
-    _refuse_unknown(mapping, [f.name for f in dataclasses.fields(Where)], origin, "key of 'where'")
-    role = mapping.get("role")
-    if role is not None and not isinstance(role, str | list | tuple):
-        raise RecipeError(f"{origin}: 'role' is a name or a list of names, got {role!r}; write role: [gate, up]")
-    roles = None if role is None else (role,) if isinstance(role, str) else tuple(str(r) for r in role)
-    blocks, name = mapping.get("blocks"), mapping.get("name")
-    if blocks is not None:
-        parse_blocks(str(blocks), None)
-    return Where(role=roles, blocks=None if blocks is None else str(blocks), name=None if name is None else str(name))
+    return Step(method=method, where=parse_where(mapping.get("where") or {}, origin))
 
 
 def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
     if not isinstance(mapping, Mapping):
         raise RecipeError(f"{origin}: 'calibration' is a mapping with windows, length, seed or text, got {mapping!r}")
     allowed = {f.name: f for f in dataclasses.fields(CalibrationOptions)}
-    _refuse_unknown(mapping, allowed, origin, "key of 'calibration'")
+    refuse_unknown(mapping, allowed, origin, "key of 'calibration'")
     for name, value in mapping.items():
         minimum = allowed[name].metadata.get("minimum")
         if minimum is not None and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
@@ -389,10 +344,3 @@ def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
         )
     text = mapping.get("text")
     return CalibrationOptions(**{**mapping, "text": None if text is None else str(text)})
-
-
-def _refuse_unknown(mapping: Mapping[str, Any], allowed: Iterable[str], origin: str, kind: str) -> None:
-    names = list(allowed)
-    for key in mapping:
-        if key not in names:
-            raise RecipeError(f"{origin}: {unknown_word(kind, str(key), names)}")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import fettle
-from fettle.data.tokenizer import load_tokenizer
+from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import CheckpointError, DiskFullError, InterruptedRunError, UsageError
 from fettle.evaluate.basis import BASIS_KEY
@@ -42,6 +42,8 @@ from fettle.models.writer import copy_side_files, write_index, write_json
 from fettle.pipeline.journal import Journal, run_folder
 from fettle.pipeline.layout import Layout, build_layout
 from fettle.pipeline.recipe import CalibrationOptions, Recipe, assign
+from fettle.pipeline.reshaping import replace_side_files, reshape, tokenizer_of
+from fettle.pipeline.settling import settle
 from fettle.pipeline.stream import Job
 from fettle.pipeline.walk import walk
 from fettle.progress import Progress
@@ -66,6 +68,7 @@ class Run:
     identity: dict[str, Any]
     device: str
     workers: Workers
+    reshaped: tuple[dict[str, Any], ...] = ()  # what the reshaping steps decided; `checkpoint` is then a view
 
     @property
     def job(self) -> Job:
@@ -97,27 +100,26 @@ def prepare(
     anatomy = read_anatomy(checkpoint, generic=generic)
     if stored_schemes(checkpoint, anatomy):
         raise UsageError(f"{model} is compressed already; compress the model that it was made from")
-    checkpoint, anatomy = in_basis(checkpoint, anatomy, recipe.basis)
-    layout = build_layout(checkpoint, anatomy, assign(recipe, anatomy), recipe.storage)
+    workers = Workers(threads)
+    calibration = _Calibration(recipe.calibration, checkpoint.config)
+    shaped = reshape(
+        checkpoint, anatomy, recipe.reshaping, calibration.cut, calibration.whole, device=device, workers=workers
+    )
+    checkpoint, anatomy = in_basis(shaped.checkpoint, shaped.anatomy, recipe.basis)
+    methods = settle(checkpoint, anatomy, assign(recipe, anatomy), workers)
+    layout = build_layout(checkpoint, anatomy, methods, recipe.storage)
     if isinstance(checkpoint, RotatedCheckpoint):  # what becomes codes is not rounded to the base's type before
         checkpoint = checkpoint.in_float32(item.linear.weight_name for item in layout.compressions)
-    text = windows = None
-    options = recipe.calibration
     if any(item.looks_at_data for item in layout.compressions):
-        tokenizer = load_tokenizer(folder)
-        if tokenizer is None:
+        if not has_tokenizer(folder):
             raise UsageError(
                 f"the recipe {recipe.name} looks at data, but {model} has no tokenizer files; add them to the folder or "  # noqa: E501
                 "use a method without calibration, such as round_to_nearest"
             )
-        _require_possible(options, checkpoint.config)
-        text = read_text(options.text)
-        windows = calibration_windows(
-            tokenizer, text, windows=options.windows, length=options.length, seed=options.seed
-        )
+        calibration.cut(tokenizer_of(checkpoint))
+    text, windows = calibration.text, calibration.windows
     recipe_fields = recipe.to_dict()
     recipe_fields["calibration"].pop("text", None)  # the text's hash says what it is; its path may change
-    workers = Workers(threads)
     with workers:
         hashes = checkpoint.file_hashes()
     identity = {
@@ -132,7 +134,30 @@ def prepare(
     return Run(
         model=display_name(model), asked=str(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe,
         layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
+        reshaped=shaped.decided,
     )  # fmt: skip
+
+
+class _Calibration:
+    """The calibration text, read when somebody first looks at it, and its windows as they were cut last."""
+
+    def __init__(self, options: CalibrationOptions, config: Mapping[str, Any]) -> None:
+        self._options, self._config = options, config
+        self.text: Text | None = None
+        self.windows: Windows | None = None
+
+    def cut(self, tokenizer: Any) -> Windows:
+        options = self._options
+        _require_possible(options, self._config)
+        self.text = self.text or read_text(options.text)
+        self.windows = calibration_windows(
+            tokenizer, self.text, windows=options.windows, length=options.length, seed=options.seed
+        )
+        return self.windows
+
+    def whole(self) -> str:
+        self.text = self.text or read_text(self._options.text)
+        return self.text.content
 
 
 def in_basis(checkpoint: Checkpoint, anatomy: Anatomy, basis: BasisMethod | None) -> tuple[Checkpoint, Anatomy]:
@@ -199,6 +224,7 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
         config[BASIS_KEY] = {"method": run.recipe.basis.name, **to_fields(run.recipe.basis)}
     write_index(output, run.layout.weight_map, total_bytes=sum(_tensor_bytes(run.layout)))
     copy_side_files(run.checkpoint.folder, output)
+    replace_side_files(run.checkpoint, output)
     write_json(output / "config.json", config)
     journal.drop_inputs(before=len(run.layout.units) + 1)
 
@@ -226,6 +252,7 @@ def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | N
         "generic": run.identity["generic"],
         "causal": run.anatomy.causal,
         "recipe": run.identity["recipe"],
+        "reshaped": list(run.reshaped),
         "calibration": calibration_summary(run),
         "ledger": ledger,
         "files": {record.shard: record.sha256 for record in records},

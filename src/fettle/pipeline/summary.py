@@ -35,6 +35,7 @@ def summarize(run: Run, output: Path, journal: Journal) -> dict[str, Any]:
         "recipe": run.recipe.to_dict(),
         "recipe_yaml": run.recipe.to_yaml(),
         "asked": run.asked,
+        "reshaped": list(run.reshaped),
         "calibration": calibration_summary(run),
         "ledger": [line for record in records for line in record.ledger],
         "versions": versions(),

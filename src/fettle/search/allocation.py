@@ -35,8 +35,9 @@ from fettle.methods.prune.wanda import Wanda
 from fettle.models.anatomy import Linear
 from fettle.models.storage import read_weight
 from fettle.pipeline.loss_gradients import mean_gradient
-from fettle.pipeline.recipe import Recipe, Step, Where
+from fettle.pipeline.recipe import Recipe, Step
 from fettle.pipeline.run import Run, prepare
+from fettle.pipeline.where import Where
 from fettle.progress import Progress, Silent
 from fettle.search.counts import Curve, cheapest_counts, settle
 from fettle.tensors.masked import MaskedScheme
@@ -90,12 +91,12 @@ def allocated(
     """
     if recipe.allocation == "uniform":
         return recipe
-    step = recipe.steps[0]
+    *before, step = recipe.steps  # what reshapes the model, and the one step that prunes
     method = cast(PruningMethod, step.method)
     probe = replace(recipe, allocation="uniform")
     if method.needs() or recipe.allocation != "global":  # the spread looks at text, whether the method does or not
         seeing = Wanda(sparsity=method.sparsity, pattern=method.pattern)
-        probe = replace(probe, steps=(replace(step, method=seeing),))
+        probe = replace(probe, steps=(*before, replace(step, method=seeing)))
     run = prepare(model, probe, device=device, threads=threads, generic=generic)
     shares = [Share(linear=item.linear, unit=_unit(item.scheme, item.linear)) for item in run.layout.compressions]
     scheme = method.scheme("float32")
@@ -111,7 +112,7 @@ def allocated(
         )
         for share, count in zip(shares, counts, strict=True)
     )
-    return replace(recipe, steps=steps, allocation="uniform")
+    return replace(recipe, steps=(*before, *steps), allocation="uniform")
 
 
 def _unit(scheme: object, linear: Linear) -> int:

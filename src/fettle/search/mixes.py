@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from fettle.diagnose.candidates import Candidate
 from fettle.models.anatomy import Anatomy, Linear
-from fettle.pipeline.recipe import CalibrationOptions, Recipe, Step, Where
+from fettle.pipeline.recipe import CalibrationOptions, Recipe, Step
+from fettle.pipeline.where import Where
 from fettle.search.knapsack import Option, solve
 
 Mix = dict[str, str]  # linear → the candidate's label

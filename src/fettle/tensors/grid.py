@@ -46,6 +46,11 @@ class Grid:
         return self.name == "learned"
 
     @property
+    def is_nothing(self) -> bool:
+        """Whether zero is the only level: codes of no bits, beside a remainder that is the whole weight."""
+        return self.bits == 0
+
+    @property
     def has_zero(self) -> bool:
         """Whether a code can stand for zero whatever the scale; learned levels can have one."""
         return self.is_learned or 0.0 in self.levels
@@ -80,6 +85,8 @@ class Grid:
             return uniform(mapping.get("bits", -1))
         if mapping.get("name") == "learned":
             return learned(mapping.get("bits", -1))
+        if mapping.get("name") == "nothing":
+            return nothing()
         return from_levels(str(mapping.get("name")), mapping.get("levels", ()), bits=mapping.get("bits"))
 
 
@@ -109,6 +116,11 @@ def learned(bits: int) -> Grid:
     return Grid(name="learned", bits=bits, levels=())
 
 
+def nothing() -> Grid:
+    """Zero alone, in codes of no bits: a weight that is its remainder."""
+    return Grid(name="nothing", bits=0, levels=(0.0,))
+
+
 def from_levels(name: str, levels: tuple[float, ...] | list[float], *, bits: int | None = None) -> Grid:
     """A grid of any 2 to 256 ascending finite levels.
 
@@ -133,6 +145,6 @@ def from_levels(name: str, levels: tuple[float, ...] | list[float], *, bits: int
             f"grid {name!r} has {len(values)} levels {values[:4]}… in {chosen} bits; a grid is 2 to 256 finite numbers "
             "in ascending order, at most one for each code"
         )
-    if name in ("uniform", "learned"):
+    if name in ("uniform", "learned", "nothing"):
         raise RecipeError(f"the name {name!r} is taken; give another name to a grid with its own levels")
     return Grid(name=name, bits=chosen, levels=values)

@@ -42,6 +42,8 @@ def pack_bits(codes: Tensor, bits: int, axis: int = 1) -> Tensor:
     if axis == 0:
         return pack_bits(codes.T, bits).T.contiguous()
     rows, columns = codes.shape
+    if bits == 0:  # codes of a single level say nothing
+        return torch.empty(rows, 0, dtype=torch.int32, device=codes.device)
     words = packed_width(columns, bits)
     packed = torch.empty(rows, words, dtype=torch.int32, device=codes.device)
     padded = math.ceil(columns / 32) * 32  # 32 codes are `bits` whole words
@@ -70,6 +72,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int, axis: int = 1) -> Tensor:
     if axis == 0:
         return unpack_bits(packed.T, bits, count).T.contiguous()
     rows, words = packed.shape
+    if bits == 0:
+        return torch.zeros(rows, count, dtype=torch.uint8, device=packed.device)
     codes = torch.empty(rows, count, dtype=torch.uint8, device=packed.device)
     padded = math.ceil(words / bits) * bits
     step = max(1, CHUNK_CODES // max(1, count))

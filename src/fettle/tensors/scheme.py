@@ -261,6 +261,8 @@ class Scheme:
 
     def describe(self) -> str:
         """For people: "int4, group 32, zero point, bfloat16 scale"."""
+        if self.grid.is_nothing and self.remainder is not None:
+            return f"{self.remainder.describe()}, {self.scale_dtype}"
         grid = f"int{self.grid.bits}" if self.grid.is_uniform else f"{self.grid.name} {self.grid.bits} bits"
         what = "table" if self.grid.is_learned else "scale"
         shared = f"group {self.group_size}" if self.granularity == "group" else f"a {what} a {self.granularity}"

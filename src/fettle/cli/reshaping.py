@@ -1,0 +1,36 @@
+"""What a reshaping step decided, as a table: parameters before and after, and the candidates that were tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from fettle.cli.output import table
+
+
+def reshaping_table(step: Mapping[str, Any]) -> Table:
+    """One step of a summary's `reshaped`."""
+    before, after = step["parameters_before"], step["parameters"]
+    rows = [(step["method"], _shape(step), f"{after:,}", f"{after / before:.3f}", "")]
+    for one in step.get("candidates", ()):
+        share = f"{one['parameters'] / before:.3f}"
+        rows.append(("  tried", _shape(one), f"{one['parameters']:,}", share, f"{one['perplexity']:.3f}"))
+    return table("", ("step", "shape", "parameters", "share", "perplexity, calibration"), rows, right=(2, 3, 4))
+
+
+def _shape(step: Mapping[str, Any]) -> str:
+    """What went and what stayed, in words."""
+    words = []
+    if step.get("dropped"):
+        words.append("without blocks " + ", ".join(map(str, step["dropped"])))
+    kept = step.get("kept")
+    if isinstance(kept, Mapping) and "neurons" in kept:
+        neurons = ", ".join(str(width) for width in kept["neurons"].values())
+        words.append(f"{neurons} neurons, {kept['heads']} heads ({kept['kv_heads']} key-value), width {kept['hidden']}")
+    elif isinstance(kept, Mapping):
+        words.append(f"{len(next(iter(kept.values())))} experts")
+    elif isinstance(kept, int):
+        words.append(f"{kept:,} of {step['of']:,} tokens")
+    return "; ".join(words) or "as it was"
