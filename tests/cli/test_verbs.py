@@ -442,3 +442,10 @@ def test_bench_measures_everything_and_says_the_shares(
     ):
         assert main(["bench", str(tiny_llama), *wrong]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_budget_and_another_shape_are_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compress", "demo", "-o", str(tmp_path / "out"), "--parameters", "0.6x", "--bits-per-weight", "4"]
+    assert main(command) == 2
+    assert "do one after the other" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

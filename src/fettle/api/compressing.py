@@ -112,6 +112,11 @@ def compress(
         choice = None
         chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
         if budget is not None:
+            if chosen.reshaping:
+                raise UsageError(
+                    f"a budget gives each linear a scheme, and {chosen.name} gives the model another shape first; do "
+                    "one after the other: write the reshaped model, then compress that folder to the budget"
+                )
             probe = probe_run(
                 model, budget, chosen.calibration, device=device, threads=threads, generic=generic, basis=chosen.basis
             )

@@ -42,7 +42,6 @@ from fettle.pipeline.layout import METADATA, Compression, Unit
 from fettle.pipeline.rescaling import rescale_block
 from fettle.pipeline.stream import Job, Outcome, Seen, Stream, compress_linear, renewed
 from fettle.progress import Progress
-from fettle.tensors.quantized import QuantizedTensor
 
 
 def walk(job: Job, output: Path, journal: Journal, progress: Progress, *, last_unit: int | None = None) -> None:
@@ -156,8 +155,7 @@ def _tune_block(
         started = time.monotonic()
         linears = {name: items[name].linear for name in names}
         objective = BlockObjective(stream.skeleton, unit.block, linears, windows, job.workers)
-        chosen = {name: found[name].quantized for name in names}
-        start = {name: codes for name, codes in chosen.items() if isinstance(codes, QuantizedTensor)}
+        start = {name: found[name].quantized for name in names}
         tuned = tuner.tune(start, {name: originals[name] for name in names}, objective)
         seconds = (time.monotonic() - started) / len(names)
         for name, quantized in tuned.items():
