@@ -112,11 +112,7 @@ def compress(
         choice = None
         chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
         if budget is not None:
-            if chosen.reshaping:
-                raise UsageError(
-                    f"a budget gives each linear a scheme, and {chosen.name} gives the model another shape first; do "
-                    "one after the other: write the reshaped model, then compress that folder to the budget"
-                )
+            _refuse_two_budgets(chosen)
             probe = probe_run(
                 model, budget, chosen.calibration, device=device, threads=threads, generic=generic, basis=chosen.basis
             )
@@ -175,6 +171,15 @@ def _compressed(run: Run, output: Path, journal: Journal, progress: Progress, st
         "seconds": earlier + monotonic_seconds(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _refuse_two_budgets(recipe: Recipe) -> None:
+    """Raises UsageError for another shape beside a budget of bits: neither would know what the other takes."""
+    if recipe.reshaping:
+        raise UsageError(
+            f"a budget gives each linear a scheme, and {recipe.name} gives the model another shape first; do one after "
+            "the other: write the reshaped model, then compress that folder to the budget"
+        )
 
 
 def _refuse_what_would_fail_later(run: Run, evaluate: bool | None, prompt: str | None) -> None:

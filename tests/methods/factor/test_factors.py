@@ -10,7 +10,7 @@ from tests.methods.quantize.problems import correlated_gram, random_weight
 from torch import Tensor
 
 from fettle.errors import NonFiniteError, RecipeError
-from fettle.kernels.reference import packed_linear
+from fettle.kernels.reference import reference_linear
 from fettle.methods.factor.factors import rank_of_energy
 from fettle.methods.registry import from_fields, matrix_method
 from fettle.tensors import QuantizedTensor, Scheme
@@ -128,7 +128,10 @@ def test_state_bytes_and_products_come_back(name, bits):
     assert torch.equal(again.dequantize(), found.dequantize())
     inputs, bias = torch.randn(5, 70, generator=torch.Generator().manual_seed(1)), torch.arange(24.0)
     torch.testing.assert_close(
-        packed_linear(inputs, state, found.scheme, bias), inputs @ found.dequantize().T + bias, atol=2e-5, rtol=1e-4
+        reference_linear("pack-quantized")(inputs, state, found.scheme, bias),
+        inputs @ found.dequantize().T + bias,
+        atol=2e-5,
+        rtol=1e-4,
     )
     assert torch.equal(compress(name, weight, gram, rank=6, bits=bits).dequantize(), found.dequantize())
 
