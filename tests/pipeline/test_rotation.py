@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 import fettle
 from fettle.errors import CheckpointError, RecipeError
-from fettle.evaluate.basis import BASIS_KEY
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.rotated import BASIS_KEY
 from fettle.pipeline import walk
 from fettle.pipeline.recipe import Recipe, parse_recipe
 from fettle.pipeline.run import prepare

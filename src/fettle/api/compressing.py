@@ -15,7 +15,7 @@ import torch
 
 from fettle.api.questions import evaluate as measure_folder
 from fettle.api.questions import generate
-from fettle.data.tokenizer import has_tokenizer, load_tokenizer
+from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.engine.prompts import checked_prompt
 from fettle.errors import UsageError
@@ -184,12 +184,12 @@ def _refuse_two_budgets(recipe: Recipe) -> None:
 
 def _refuse_what_would_fail_later(run: Run, evaluate: bool | None, prompt: str | None) -> None:
     """Raises UsageError, naming the base, for a measurement or a completion that cannot be: before hours of work."""
-    folder, anatomy = run.checkpoint.folder, run.anatomy
+    anatomy = run.anatomy
     if prompt is not None:
         if anatomy.causal and anatomy.head is None and not run.identity["generic"]:
             raise UsageError(f"{run.asked} has no language-model head: it cannot complete a prompt; leave it out")
         context = context_length(run.checkpoint.config)
-        checked_prompt(run.asked, anatomy, load_tokenizer(folder), context, prompt)
+        checked_prompt(run.asked, anatomy, tokenizer_of(run.checkpoint), context, prompt)
     if not _is_measured(run, evaluate):
         return
     tokenizer = tokenizer_of(run.checkpoint)

@@ -27,6 +27,7 @@ from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.train import TrainMethod
 from fettle.methods.train.curve import CHECKPOINTS, Curve
+from fettle.methods.train.options import SignalFields
 from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
 from fettle.methods.train.training import TrainJob
 from fettle.methods.train.training import train as train_stage
@@ -43,6 +44,7 @@ from fettle.pipeline.run import (
     refuse_inside,
     require_context,
     stop_on_signals,
+    tokenizer_hashes,
     versions,
 )
 from fettle.progress import Progress, Silent
@@ -117,7 +119,7 @@ def train(
     torch.set_num_threads(threads or before)
     try:
         with stop_on_signals(output), _held(stages):
-            _begin(stages, output, _identity(chosen, checkpoint, device), fresh=fresh)
+            _begin(stages, output, _identity(chosen, checkpoint, device, generic), fresh=fresh)
             lines = [
                 _run_stage(chosen, number, model, output, stages, (device, threads, generic), progress)
                 for number in range(len(chosen.stages))
@@ -146,7 +148,7 @@ def _held(stages: Path) -> Any:
     return locked(stages) if is_main_process() else contextlib.nullcontext()
 
 
-def _identity(chain: Chain, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
+def _identity(chain: Chain, checkpoint: Checkpoint, device: str, generic: bool) -> dict[str, Any]:
     """What a resumed run must have been started with."""
     texts = {}
     for stage in chain.stages:
@@ -154,14 +156,25 @@ def _identity(chain: Chain, checkpoint: Checkpoint, device: str) -> dict[str, An
             path = getattr(stage.method, name)
             if name == "text" or path is not None:
                 texts[str(path)] = read_text(path).sha256
+        if stage.recipe is not None and stage.recipe.calibration.text is not None:
+            texts[str(stage.recipe.calibration.text)] = read_text(stage.recipe.calibration.text).sha256
     told = chain.to_dict()
     return {
         "model": checkpoint.file_hashes(),
         "chain": json.loads(json.dumps(told)),
         "texts": hashlib.sha256(json.dumps(sorted(texts.values())).encode()).hexdigest(),
+        "teachers": {name: Checkpoint.open(resolve(name)).file_hashes() for name in _teachers(chain)},
+        "tokenizer": tokenizer_hashes(checkpoint.folder),
+        "generic": generic,
         "device": torch.device(device).type,
         "versions": {name: versions()[name] for name in ("fettle", "torch", "transformers")},
     }
+
+
+def _teachers(chain: Chain) -> list[str]:
+    """The models that stages learn from, beside the chain's own."""
+    methods = [stage.method for stage in chain.stages if stage.method is not None]
+    return sorted({name for method in methods if isinstance(method, SignalFields) for name in method.teachers()})
 
 
 def _begin(stages: Path, output: Path, identity: dict[str, Any], *, fresh: bool) -> None:

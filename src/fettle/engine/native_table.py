@@ -183,9 +183,10 @@ class TableReader:
         stored = self.stored.get(linear.name)
         if stored is not None:
             found = self._codes(linear, stored)
-            if isinstance(found, QuantizedTensor):
+            whole = isinstance(found, QuantizedTensor) and (rows is None or found.remainder is None)
+            if isinstance(found, QuantizedTensor) and whole:
                 return coded_matrix(_rows_of(found, rows), self.pool)
-            weight = found.dequantize()  # vector codes and masks: no kernel has them yet, so their values
+            weight = found.dequantize()  # vector codes, masks, pieces with a remainder: no kernel has them yet
         else:
             weight = self.checkpoint.read(linear.weight_name)
             check_finite(linear.weight_name, weight)

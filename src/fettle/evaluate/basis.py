@@ -11,9 +11,8 @@ from fettle.errors import CheckpointError, RecipeError
 from fettle.methods.registry import BASES, basis_from_fields
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.rotated import BASIS_KEY
 from fettle.tensors.orthogonal import Orthogonal
-
-BASIS_KEY = "fettle_basis"
 
 
 def residual_basis(checkpoint: Checkpoint, anatomy: Anatomy) -> Orthogonal | None:

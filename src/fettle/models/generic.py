@@ -104,7 +104,8 @@ def _shape(checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
 def _named(checkpoint: Checkpoint, outside: tuple[str, ...], words: tuple[str, ...], role: str) -> Linear | None:
     for name in outside:
         module = _module(name)
-        if module is None or name.endswith(CODE_SUFFIXES[1:]) or module.rsplit(".", 1)[-1] not in words:
+        beside = tuple(suffix for suffix in CODE_SUFFIXES if suffix not in (".weight_packed", ".weight_values"))
+        if module is None or name.endswith(beside) or module.rsplit(".", 1)[-1] not in words:
             continue
         shape = _shape(checkpoint, module)
         if shape is not None:

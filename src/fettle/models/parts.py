@@ -11,7 +11,7 @@ from fettle.models.sources import Residual
 #: tensor-name endings that together stand for one matrix stored as codes
 CODE_SUFFIXES = (
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale",
-    ".weight_levels",
+    ".weight_tensor_scale", ".weight_levels", ".weight_values",
     ".weight_sparse_values", ".weight_sparse_columns", ".weight_sparse_offsets",
     ".weight_factor_left", ".weight_factor_right",
     ".weight_mask", ".weight_mask_indices",

@@ -51,6 +51,10 @@ class Basis(Protocol):
         ...
 
 
+#: the key of config.json under which a rotated model says so
+BASIS_KEY = "fettle_basis"
+
+
 @dataclass(frozen=True)
 class _Change:
     """How one tensor is made: `source`, as a matrix, · diag(norm) · columns, and rowsᵀ · that."""

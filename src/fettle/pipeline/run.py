@@ -28,14 +28,13 @@ import fettle
 from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import CheckpointError, DiskFullError, InterruptedRunError, UsageError
-from fettle.evaluate.basis import BASIS_KEY
 from fettle.methods.protocols import BasisMethod
 from fettle.methods.registry import to_fields
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
 from fettle.models.loading import TOKENIZER_FILES
-from fettle.models.rotated import RotatedCheckpoint, rotate
+from fettle.models.rotated import BASIS_KEY, RotatedCheckpoint, rotate
 from fettle.models.source import resolve
 from fettle.models.storage import quantization_config, stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json
@@ -69,6 +68,7 @@ class Run:
     device: str
     workers: Workers
     reshaped: tuple[dict[str, Any], ...] = ()  # what the reshaping steps decided; `checkpoint` is then a view
+    base_is_reshaped: bool = False  # an earlier run gave it another shape than that of what it was made from
 
     @property
     def job(self) -> Job:
@@ -100,7 +100,7 @@ def prepare(
     anatomy = read_anatomy(checkpoint, generic=generic)
     if stored_schemes(checkpoint, anatomy):
         raise UsageError(f"{model} is compressed already; compress the model that it was made from")
-    workers = Workers(threads)
+    workers, base_record = Workers(threads), checkpoint.record
     calibration = _Calibration(recipe.calibration, checkpoint.config)
     shaped = reshape(
         checkpoint, anatomy, recipe.reshaping, calibration.cut, calibration.whole, device=device, workers=workers
@@ -128,13 +128,13 @@ def prepare(
         "text": text.sha256 if text is not None else None,
         "device": torch.device(device).type,
         "generic": generic,
-        "tokenizer": _tokenizer_hashes(folder) if windows is not None else None,
+        "tokenizer": tokenizer_hashes(folder) if windows is not None or recipe.reshaping else None,
         "versions": {name: versions()[name] for name in ("fettle", "torch", "transformers")},
     }
     return Run(
         model=display_name(model), asked=str(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe,
         layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
-        reshaped=shaped.decided,
+        reshaped=shaped.decided, base_is_reshaped=bool((base_record or {}).get("reshaped")),
     )  # fmt: skip
 
 
@@ -164,11 +164,13 @@ def in_basis(checkpoint: Checkpoint, anatomy: Anatomy, basis: BasisMethod | None
     """The checkpoint as `basis` leaves it, and the anatomy of that; as they are where there is none."""
     if basis is None:
         return checkpoint, anatomy
+    if BASIS_KEY in checkpoint.config:
+        raise UsageError("the model is rotated already, and hidden states are compared in one rotation; leave it out")
     rotated = rotate(checkpoint, anatomy, basis)
     return rotated, read_anatomy(rotated, generic=anatomy.family == "generic")
 
 
-def _tokenizer_hashes(folder: Path) -> dict[str, str]:
+def tokenizer_hashes(folder: Path) -> dict[str, str]:
     """File → SHA-256 of what the calibration text was cut with."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -252,7 +254,7 @@ def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | N
         "generic": run.identity["generic"],
         "causal": run.anatomy.causal,
         "recipe": run.identity["recipe"],
-        "reshaped": list(run.reshaped),
+        "reshaped": list(run.reshaped) or run.base_is_reshaped,
         "calibration": calibration_summary(run),
         "ledger": ledger,
         "files": {record.shard: record.sha256 for record in records},

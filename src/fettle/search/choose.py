@@ -14,6 +14,7 @@ them and goes on; as the recipe comes from there, the run that compresses is the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def choose(probe: Run, output: Path, budget: Budget, *, fresh: bool, progress: P
     sample = _sample(probe, calibration)
     folder = run_folder(output) / "search"
     with locked(run_folder(output)):
-        _open(folder, _identity(probe, budget, candidates), fresh=fresh)
+        _open(folder, _identity(probe, budget, candidates, sample), fresh=fresh)
         if not (folder / CHOSEN).exists():
             write_json(folder / CHOSEN, _search(probe, problem, budget, sample, folder, progress))
         drop_codes(folder)  # also what a kill behind the line above left
@@ -148,11 +149,12 @@ def _sample(probe: Run, calibration: CalibrationOptions) -> Windows:
     return calibration_windows(tokenizer, text, windows=count, length=length, seed=calibration.seed + 1)
 
 
-def _identity(probe: Run, budget: Budget, candidates: tuple[Candidate, ...]) -> dict[str, Any]:
+def _identity(probe: Run, budget: Budget, candidates: tuple[Candidate, ...], sample: Windows) -> dict[str, Any]:
     """What the choice depends on."""
     kept = {key: value for key, value in probe.identity.items() if key != "recipe"}
     return {
         **kept,
+        "sample": hashlib.sha256(str([ids.tolist() for ids in sample.ids]).encode()).hexdigest(),  # text and tokenizer
         "calibration": probe.identity["recipe"]["calibration"],
         "basis": None if probe.recipe.basis is None else probe.identity["recipe"]["steps"][0],
         "bits_per_weight": budget.bits_per_weight,

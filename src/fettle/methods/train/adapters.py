@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
+from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.training import Learner, TrainJob
 from fettle.methods.train.writing import write_trained
@@ -258,6 +259,9 @@ def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> Non
     anatomy = read_anatomy(checkpoint, generic=job.generic)
     if resolve(job.original) == loaded.folder:
         raise RecipeError("start=residual needs the model that the base was compressed from; begin a chain with it")
+    why = moved(Checkpoint.open(loaded.folder))
+    if why is not None:
+        raise RecipeError(f"start=residual compares the base's weights with the original's, and {why}; use start: zero")
     for linear in loaded.anatomy.linears():
         module = loaded.model.get_submodule(_path(linear))
         if not hasattr(module, "lora_A"):

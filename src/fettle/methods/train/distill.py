@@ -28,6 +28,7 @@ from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import load
 from fettle.models.source import resolve
 from fettle.models.storage import stored_schemes
+from fettle.tensors.masked import MaskedScheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,13 @@ class Distill(LoopFields, SignalFields):
         folder = resolve(job.model)
         checkpoint = Checkpoint.open(folder)
         anatomy = read_anatomy(checkpoint, generic=job.generic)
-        if stored_schemes(checkpoint, anatomy):
+        schemes = [found.scheme for found in stored_schemes(checkpoint, anatomy).values()]
+        masked = bool(schemes) and all(isinstance(s, MaskedScheme) and s.values is None for s in schemes)
+        if masked and (not self.keep_zeros or self.layers is not None):
+            raise UsageError(
+                f"{job.model} is pruned, and distill would fill its zeros; use --keep-zeros, without --layers"
+            )
+        if schemes and not masked:
             raise UsageError(
                 f"{job.model} is stored as codes, which distill would have to forget; use qat to train the codes, or "
                 "adapter for a correction beside them"
@@ -67,7 +74,7 @@ class Distill(LoopFields, SignalFields):
             if not (folder / "config.json").is_file():
                 write_student(checkpoint, anatomy, self.layers, self.student_map, folder)
             checkpoint = Checkpoint.open(folder)
-        loaded = load(folder, device=job.device, generic=job.generic)
+        loaded = load(folder, device=job.device, generic=job.generic, dense=masked)
         mark_(loaded.model, loaded.anatomy, self.trains)
         if self.keep_zeros:
             hold_zeros_(loaded.model)

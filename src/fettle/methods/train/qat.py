@@ -23,6 +23,7 @@ from fettle.errors import RecipeError
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.methods.train.fake_quantization import FakeQuantizedLinear, check_scheme, leaning_start
+from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.training import Learner, TrainJob
 from fettle.methods.train.writing import write_trained
@@ -105,7 +106,8 @@ class Qat(LoopFields, SignalFields, GridFields):
 
     def _storage(self, stored: dict[str, StoredScheme], checkpoint: Checkpoint) -> str:
         if stored:
-            return next(iter(stored.values())).storage
+            held = {found.storage for found in stored.values()}  # floats have one each, whatever is preferred
+            return "int-quantized" if "int-quantized" in held and "pack-quantized" not in held else "pack-quantized"
         scheme = self.scheme(_dtype(checkpoint))
         return (
             "int-quantized"
@@ -131,6 +133,7 @@ class Qat(LoopFields, SignalFields, GridFields):
                     f"{linear.name} is stored as {found.scheme.describe()}, and qat trains one for each weight; give "
                     "it the original model, or one compressed with a method such as gptq"
                 )
+            check_scheme(found.scheme, "learned")
             weight = leaning_start(found, original(linear)).to(module.weight.device)
             made = FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)
         parent, _, leaf = path.rpartition(".")
@@ -166,6 +169,8 @@ def _original_weights(job: TrainJob) -> Callable[[Linear], Tensor | None]:
     """A look-up of the same linear's weight in the model that the codes were made from, where it has one."""
     checkpoint = Checkpoint.open(resolve(job.original))
     anatomy = read_anatomy(checkpoint, generic=job.generic)
+    if moved(Checkpoint.open(resolve(job.model))) is not None:
+        return lambda linear: None
     twins = {} if stored_schemes(checkpoint, anatomy) else {linear.name: linear for linear in anatomy.linears()}
 
     def find(linear: Linear) -> Tensor | None:

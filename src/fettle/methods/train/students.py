@@ -16,6 +16,7 @@ from fettle.methods.train.layer_maps import LayerMap, layer_map
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import DIMENSIONS
+from fettle.models.reshaped_config import with_blocks
 from fettle.models.storage import stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json, write_shard
 
@@ -46,7 +47,7 @@ def write_student(teacher: Checkpoint, anatomy: Anatomy, layers: int, chosen: La
         total += sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
     write_index(output, shard_of, total)
     copy_side_files(teacher.folder, output)
-    write_json(output / "config.json", _shallower(teacher.config, kept, len(anatomy.blocks)))
+    write_json(output / "config.json", _shallower(teacher.config, kept))
     return kept
 
 
@@ -57,8 +58,8 @@ def _renumbered(name: str, block: int) -> str:
     return f"{match[1]}{block}.{name[match.end() :]}"
 
 
-def _shallower(config: dict[str, Any], kept: list[int], depth: int) -> dict[str, Any]:
-    """The config with fewer layers; lists with an entry a layer keep those of the kept ones."""
+def _shallower(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    """The config with fewer layers; see `models/reshaped_config.py`."""
     keys = [key for key in DIMENSIONS["layers"] if isinstance(config.get(key), int)]
     if not keys:
         raise RecipeError(f"config.json says under none of {', '.join(DIMENSIONS['layers'])} how many layers there are")
@@ -67,8 +68,4 @@ def _shallower(config: dict[str, Any], kept: list[int], depth: int) -> dict[str,
             "this model scales the attention of a block by the block's number (scale_attn_by_inverse_layer_idx), so a "
             "block in another place is another function; allowed: the first blocks alone"
         )
-    changed: dict[str, Any] = {key: len(kept) for key in keys}
-    for key, value in config.items():
-        if key.endswith("_types") and isinstance(value, list) and len(value) == depth:
-            changed[key] = [value[index] for index in kept]
-    return {**config, **changed}
+    return with_blocks(config, kept)

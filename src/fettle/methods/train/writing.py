@@ -65,7 +65,7 @@ def write_trained(
     config = {key: value for key, value in base.config.items() if key not in QUANTIZATION_KEYS}
     if codes:
         schemes = {name: quantized.scheme for name, quantized in codes.items()}
-        config["quantization_config"] = quantization_config(schemes, anatomy, storage)
+        config["quantization_config"] = quantization_config(schemes, anatomy, storage, base.dtype)
     write_index(output, shard_of, total)
     copy_side_files(base.folder, output)
     write_json(output / "config.json", config)
@@ -91,7 +91,9 @@ def _unit(
         stem = linear.weight_name.removesuffix(".weight")
         owned |= {f"{stem}{suffix}" for suffix in (*CODE_SUFFIXES, ".weight")}
         if linear.name in codes:
-            yield from ((f"{stem}.{local}", t) for local, t in codes[linear.name].to_state(storage).items())
+            found = codes[linear.name]
+            state = found.to_state(found.scheme.storage_for(found.shape, storage))
+            yield from ((f"{stem}.{local}", tensor) for local, tensor in state.items())
             continue
         dtype = base.dtype if is_stored_as_codes(base, linear) else base.entry(linear.weight_name).dtype
         held = parameter_of(tree, linear.slot.parameter)
