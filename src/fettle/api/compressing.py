@@ -9,7 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -63,6 +63,14 @@ class Compression:
     resumed_whole: bool = False  # nothing was done: the run was finished already
 
 
+class Machine(TypedDict):
+    """Where a run works, and whether it takes an unknown architecture for linears alone."""
+
+    device: str
+    threads: int | None
+    generic: bool
+
+
 def compress(
     model: str | Path,
     output: str | Path,
@@ -109,17 +117,10 @@ def compress(
     if report is not None:
         require_writable(Path(report))
     with stop_on_signals(output):
-        choice = None
-        chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
-        if budget is not None:
-            _refuse_two_budgets(chosen)
-            probe = probe_run(
-                model, budget, chosen.calibration, device=device, threads=threads, generic=generic, basis=chosen.basis
-            )
-            refuse_inside(probe.checkpoint.folder, output)
-            choice = choose(probe, output, budget, fresh=fresh, progress=progress)
-            chosen = choice.recipe
-        run = prepare(model, chosen, device=device, threads=threads, generic=generic)
+        where = Machine(device=device, threads=threads, generic=generic)
+        chosen = allocated(model, chosen, **where, progress=progress)
+        choice = None if budget is None else _chosen(model, output, budget, chosen, where, fresh, progress)
+        run = prepare(model, chosen if choice is None else choice.recipe, **where)
         refuse_inside(run.checkpoint.folder, output)
         _refuse_what_would_fail_later(run, evaluate, prompt)
         with Journal.open(output, run.identity, fresh=fresh) as journal:
@@ -171,6 +172,16 @@ def _compressed(run: Run, output: Path, journal: Journal, progress: Progress, st
         "seconds": earlier + monotonic_seconds(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _chosen(
+    model: str | Path, output: Path, budget: Budget, recipe: Recipe, where: Machine, fresh: bool, progress: Progress
+) -> Choice:
+    """The mix that keeps most within the budget, on the recipe's calibration and rotation."""
+    _refuse_two_budgets(recipe)
+    probe = probe_run(model, budget, recipe.calibration, **where, basis=recipe.basis)
+    refuse_inside(probe.checkpoint.folder, output)
+    return choose(probe, output, budget, fresh=fresh, progress=progress)
 
 
 def _refuse_two_budgets(recipe: Recipe) -> None:

@@ -25,7 +25,7 @@ from fettle.errors import RecipeError, unknown_word
 from fettle.methods import registry
 from fettle.methods.train import TRAIN_METHODS, Adapter, TrainMethod
 from fettle.pipeline.recipe import Recipe, load_recipe, parse_recipe
-from fettle.pipeline.recipe_yaml import parse_file
+from fettle.pipeline.recipe_yaml import named_file, parse_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,7 @@ def load_chain(path_or_name: str | Path) -> Chain:
     Raises:
         RecipeError: no such file or name, no YAML, or something impossible inside.
     """
-    path = Path(path_or_name)
-    shipped = {p.stem: p for p in shipped_chains()}
-    if not path.is_file() and str(path_or_name).removesuffix(".yaml") in shipped:
-        path = shipped[str(path_or_name).removesuffix(".yaml")]
-    if not path.is_file():
-        raise RecipeError(
-            f"{unknown_word('chain', str(path_or_name), shipped)}, or the path of a YAML file that exists"
-        )
-    return parse_file(path, parse_chain)
+    return parse_file(named_file("chain", path_or_name, shipped_chains()), parse_chain)
 
 
 def shipped_chains() -> list[Path]:

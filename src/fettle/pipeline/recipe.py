@@ -35,7 +35,7 @@ from fettle.methods.protocols import BasisMethod, LabelledMethod, MatrixMethod
 from fettle.methods.registry import Method
 from fettle.methods.reshape.subject import ModelMethod
 from fettle.models.anatomy import Anatomy
-from fettle.pipeline.recipe_yaml import parse_file, refuse_unknown
+from fettle.pipeline.recipe_yaml import named_file, parse_file, refuse_unknown
 from fettle.pipeline.where import Where, parse_where
 from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Scheme
@@ -123,15 +123,7 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     Raises:
         RecipeError: no such file or name, no YAML, or something impossible inside.
     """
-    path = Path(path_or_name)
-    shipped = {p.stem: p for p in shipped_recipes()}
-    if not path.is_file() and str(path_or_name).removesuffix(".yaml") in shipped:
-        path = shipped[str(path_or_name).removesuffix(".yaml")]
-    if not path.is_file():
-        raise RecipeError(
-            f"{unknown_word('recipe', str(path_or_name), shipped)}, or the path of a YAML file that exists"
-        )
-    return parse_file(path, parse_recipe)
+    return parse_file(named_file("recipe", path_or_name, shipped_recipes()), parse_recipe)
 
 
 def shipped_recipes() -> list[Path]:

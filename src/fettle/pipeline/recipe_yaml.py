@@ -30,6 +30,21 @@ def parse_file(path: Path, parse: Callable[[Any, str], Parsed]) -> Parsed:
         raise RecipeError(f"{path} is no YAML that a recipe can be: {error}") from error
 
 
+def named_file(kind: str, path_or_name: str | Path, shipped: Iterable[Path]) -> Path:
+    """The file that a user's word means: a path, or the name of a shipped one, with or without .yaml.
+
+    Raises:
+        RecipeError: there is none; offers the nearest name. `kind` is what it would be, for the sentence.
+    """
+    path, names = Path(path_or_name), {file.stem: file for file in shipped}
+    if path.is_file():
+        return path
+    name = str(path_or_name).removesuffix(".yaml")
+    if name not in names or not names[name].is_file():
+        raise RecipeError(f"{unknown_word(kind, str(path_or_name), names)}, or the path of a YAML file that exists")
+    return names[name]
+
+
 def refuse_unknown(mapping: Mapping[str, Any], allowed: Iterable[str], origin: str, kind: str) -> None:
     """Raises RecipeError for a key that is not allowed, with the nearest one that is."""
     names = list(allowed)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from fettle.errors import UsageError
 from fettle.report.atomic import write_atomically
 from fettle.report.plots import lines, rows
 from fettle.report.shades import points, shades
 from fettle.report.tables import NONE
+from fettle.report.templates import render
 
 LINEARS_SHOWN = 40  # in the table of what stands out; the JSON has all
 LINES_SHOWN = 6  # candidates in one plot of lines: the page styles as many differently
@@ -31,16 +30,7 @@ def render_diagnosis(document: Mapping[str, Any]) -> str:
     Raises:
         UsageError: the document lacks what every diagnosis has.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    try:
-        return environment.get_template("diagnosis.html.j2").render(view=_view(document))
-    except (KeyError, TypeError, AttributeError, ValueError, UndefinedError) as error:
-        raise UsageError(
-            f"the diagnosis is not whole ({type(error).__name__}: {error}); make it again with fettle diagnose --json"
-        ) from error
+    return render("diagnosis.html.j2", _view, document, "the diagnosis; make it again with fettle diagnose --json")
 
 
 def _view(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from fettle.errors import UsageError
 from fettle.report.atomic import write_atomically
 from fettle.report.plots import rows
 from fettle.report.tables import NONE
+from fettle.report.templates import render
 
 FIGURES = (  # key, name, unit, factor
     ("prefill_tokens_per_second", "prefill", "tokens/s", 1.0),
@@ -35,16 +34,7 @@ def render_speed(document: Mapping[str, Any]) -> str:
     Raises:
         UsageError: the document lacks what every measurement has.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    try:
-        return environment.get_template("speed.html.j2").render(view=_view(document))
-    except (KeyError, TypeError, AttributeError, ValueError, UndefinedError) as error:
-        raise UsageError(
-            f"the measurement is not whole ({type(error).__name__}: {error}); make it again with fettle bench --json"
-        ) from error
+    return render("speed.html.j2", _view, document, "the measurement; make it again with fettle bench --json")
 
 
 def _view(document: Mapping[str, Any]) -> dict[str, Any]:
