@@ -13,6 +13,7 @@ from tests.tensors.test_scheme import with_remainder
 from torch import Tensor
 
 from fettle.methods.quantize import refine as module
+from fettle.methods.quantize import sweep
 from fettle.methods.quantize.refine import less_remainder, refine
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.tensors import FactoredScheme, QuantizedTensor, Scheme, SparseScheme, uniform
@@ -65,7 +66,8 @@ def test_blocks_and_tiles_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     start = round_to_nearest(weight, replace(GROUPS, granularity="tensor", group_size=None))
     first = refine(start, weight, gram, damping=1.0, passes=3)
     monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "ROW_TILE", 2)
+    monkeypatch.setattr(sweep, "ROW_TILE", 2)
+    monkeypatch.setattr(sweep, "TILE_WEIGHTS", 0)
     assert torch.equal(refine(start, weight, gram, damping=1.0, passes=3).codes, first.codes)
 
 

@@ -36,7 +36,7 @@ correction as well 0.44 / 0.35 / 0.28.
 Dead columns (never driven) have no part in H but the damping: they are rounded to nearest and disturb nobody.
 
 Cost: in³/3 for the factor, out·in²/2 multiply-adds a sweep (`best` makes two), out·in² a refining pass.
-Memory: one float32 [in, in], the codes, and tiles of 512 rows.
+Memory: one float32 [in, in], the codes, and tiles of 512 rows or 2^22 weights, whichever is more.
 """
 
 from __future__ import annotations

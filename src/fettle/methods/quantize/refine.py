@@ -9,7 +9,8 @@ With E = W - V and H the (damped) gram, the error of the outputs is J = tr(E·H�
 Coordinate descent on the codes is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885); the scale step is
 least squares. A pass goes once over all groups and columns. No step raises J, so neither does any number of passes.
 
-Cost: out·in² multiply-adds a pass, twice that where a group is wider than a block. Memory: tiles of 512 rows.
+Cost: out·in² multiply-adds a pass, twice that where a group is wider than a block. Memory: a tile of rows
+(`sweep.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from fettle.methods.quantize.columns import ColumnRounding
 from fettle.methods.quantize.ranges import stored_scale
+from fettle.methods.quantize.sweep import row_slices
 from fettle.tensors.quantized import QuantizedTensor, row_tiles
 from fettle.tensors.remainder import Remainder
 from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
 
 BLOCK = 128  # columns that wait for one product
-ROW_TILE = 512
 
 
 def refine(quantized: QuantizedTensor, weight: Tensor, gram: Tensor, *, damping: float, passes: int) -> QuantizedTensor:
@@ -46,8 +47,7 @@ def refine(quantized: QuantizedTensor, weight: Tensor, gram: Tensor, *, damping:
         return _around_the_rest(quantized, weight, gram, damping, passes)
     codes = torch.empty_like(quantized.codes)
     tiles: list[Shared] = []
-    for start in range(0, weight.shape[0], ROW_TILE):
-        rows = slice(start, start + ROW_TILE)
+    for rows in row_slices(*weight.shape):
         tile = _Tile(quantized, weight, gram, damping, rows)
         for _ in range(passes):
             if not tile.improve_():

@@ -32,7 +32,8 @@ from fettle.tensors.scales import Shared, stack
 from fettle.tensors.scheme import Scheme
 
 BLOCK = 128  # columns that wait for one product
-ROW_TILE = 512  # rows in work; fixed, so that no sum depends on the machine
+ROW_TILE = 512  # rows in work, at least; fixed, so that no sum depends on the machine
+TILE_WEIGHTS = 2**22  # weights in work, at least: a column's step of 2,048 rows costs little more than one of 512
 DAMPING_TRIES = 4  # each ten times the one before
 
 log = logging.getLogger(__name__)
@@ -99,8 +100,7 @@ def corrected(weight: Tensor, drift: Tensor, factor: Factor, strength: float) ->
     """The weight whose outputs on the drifted inputs come nearest to the original ones: W + strength·W·D·H⁻¹."""
     target = weight.float().clone()
     unit, order = factor.matrix, factor.order
-    for start in range(0, weight.shape[0], ROW_TILE):
-        rows = slice(start, start + ROW_TILE)
+    for rows in row_slices(*weight.shape):
         pulled = (weight[rows].float() @ drift).T[order]  # [in, rows], arranged as the factor
         half = torch.linalg.solve_triangular(unit, pulled, upper=False, unitriangular=True)
         half.div_(factor.pivots.unsqueeze(1))
@@ -121,7 +121,7 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, *, clip: str, activati
     renewing = not activation_order and scheme.granularity != "tensor"
     chooser = RangeChooser(scheme=scheme, clip=clip, importance=importance) if renewing else None
     tiles = []
-    for rows in row_slices(weight.shape[0]):
+    for rows in row_slices(*weight.shape):
         tile = weight[rows]
         columns = ColumnRounding(shared.rows(rows, scheme), scheme=scheme, rows=len(tile))
         swept = sweep(tile, factor, columns, width=scheme.group_width(weight.shape[1]), chooser=chooser)
@@ -135,9 +135,10 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme, *, clip: str, activati
     )
 
 
-def row_slices(out_features: int) -> list[slice]:
-    """The rows that are worked on together."""
-    return [slice(start, min(start + ROW_TILE, out_features)) for start in range(0, out_features, ROW_TILE)]
+def row_slices(out_features: int, in_features: int | None = None) -> list[slice]:
+    """The rows that are worked on together: `ROW_TILE`, or for so many columns a multiple that holds `TILE_WEIGHTS`."""
+    step = ROW_TILE if in_features is None else ROW_TILE * max(1, TILE_WEIGHTS // in_features // ROW_TILE)
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
 def better_rows(one: Solution, other: Solution) -> QuantizedTensor:
