@@ -185,6 +185,7 @@ __attribute__((noinline)) void multiply_panel_units(const VnniPanel& panel, cons
   const int8_t* codes = inputs.codes + token * padded + first_block * cut.block;
   const uint8_t* units = panel.units;
   for (int block = 0; block < blocks; ++block) {
+    asm volatile("" : : : "memory");  // or the compiler keeps the 16 sums in registers too, and there are 32
     const int64_t at = token * all_blocks + first_block + block;
     __m512i dots[T][V];
     for (int t = 0; t < T; ++t)
