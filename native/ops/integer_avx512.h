@@ -180,16 +180,17 @@ inline __m512 add_dots(__m512 sum, __m512i dot, __m512 scales, float input_scale
 template <Zero ZERO, int V, int T>
 __attribute__((noinline)) void multiply_panel_units(const VnniPanel& panel, const QuantizedInputs& inputs, const Offsets& offsets, int token,
                                  int first_block, int blocks, const Cut& cut, float* sums) {
-  const int64_t padded = cut.padded(), all_blocks = cut.blocks();
+  const int64_t padded = cut.padded(), all_blocks = cut.blocks(), at = token * all_blocks + first_block;
   const int quads = cut.block / 16;
   const int8_t* codes = inputs.codes + token * padded + first_block * cut.block;
   const uint8_t* units = panel.units;
+  const int32_t* starts = offsets.starts + at;
+  const float *input_scales = inputs.scales + at, *shifts = ZERO == Zero::shared ? offsets.shifts + at : inputs.sums + at;
   for (int block = 0; block < blocks; ++block) {
     asm volatile("" : : : "memory");  // or the compiler keeps the 16 sums in registers too, and there are 32
-    const int64_t at = token * all_blocks + first_block + block;
     __m512i dots[T][V];
     for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) dots[t][v] = _mm512_set1_epi32(offsets.starts[at + t * all_blocks]);
+      for (int v = 0; v < V; ++v) dots[t][v] = _mm512_set1_epi32(starts[t * all_blocks + block]);
     for (int quad = 0; quad < quads; ++quad, codes += 16, units += 4 * V * 64) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -203,16 +204,14 @@ __attribute__((noinline)) void multiply_panel_units(const VnniPanel& panel, cons
         }
       }
     }
-    for (int v = 0; v < V; ++v) {
-      const __m512 scales = _mm512_load_ps(panel.scales[block] + v * kVnniRows);
-      const __m512 zeros = _mm512_load_ps(panel.zeros[block] + v * kVnniRows);
-      for (int t = 0; t < T; ++t) {
-        const int64_t here = at + t * all_blocks;
+    for (int t = 0; t < T; ++t) {
+      const float input_scale = input_scales[t * all_blocks + block], shared = shifts[t * all_blocks + block];
+      for (int v = 0; v < V; ++v) {
+        const __m512 scales = _mm512_load_ps(panel.scales[block] + v * kVnniRows);
         float* sum = sums + (t * V + v) * kVnniRows;
-        __m512 shift = zeros;
-        if constexpr (ZERO == Zero::shared) shift = _mm512_set1_ps(offsets.shifts[here]);
-        if constexpr (ZERO == Zero::grouped) shift = _mm512_mul_ps(zeros, _mm512_set1_ps(inputs.sums[here]));
-        _mm512_store_ps(sum, add_dots<ZERO>(_mm512_load_ps(sum), dots[t][v], scales, inputs.scales[here], shift));
+        __m512 shift = _mm512_set1_ps(shared);
+        if constexpr (ZERO == Zero::grouped) shift = _mm512_mul_ps(_mm512_load_ps(panel.zeros[block] + v * kVnniRows), shift);
+        _mm512_store_ps(sum, add_dots<ZERO>(_mm512_load_ps(sum), dots[t][v], scales, input_scale, shift));
       }
     }
   }
