@@ -14,6 +14,8 @@ NB_MODULE(_native, module) {
     told["instructions"] = best_instructions();
     told["avx2"] = found.avx2;
     told["avx512_vnni"] = found.avx512_vnni;
+    told["neon_dot"] = found.neon_dot;
+    told["available"] = available_instructions();
     return told;
   });
   nb::class_<ThreadPool>(module, "Pool")

@@ -8,18 +8,22 @@ namespace fettle {
 
 const Kernels& find_kernels(const std::string& name) {
   const std::string wanted = name.empty() ? best_instructions() : name;
-  if (wanted == "portable") return portable_kernels();
+  std::string known;
+  for (const std::string& there : available_instructions()) {
+    known += (known.empty() ? "\"" : ", \"") + there + "\"";
+    if (there != wanted) continue;
+#if defined(FETTLE_HAS_AVX512)
+    if (wanted == "avx512_vnni") return avx512_vnni_kernels();
+#endif
 #if defined(FETTLE_HAS_AVX2)
-  if (wanted == "avx2") {
-    if (!features().avx2) throw std::invalid_argument("this processor has no AVX2 with FMA and F16C; use \"portable\"");
-    return avx2_kernels();
+    if (wanted == "avx2") return avx2_kernels();
+#endif
+#if defined(FETTLE_HAS_NEON)
+    if (wanted == "neon_dot") return neon_dot_kernels();
+#endif
+    return portable_kernels();
   }
-#endif
-  throw std::invalid_argument("there are no kernels called \"" + wanted + "\" in this build; there are \"portable\"" +
-#if defined(FETTLE_HAS_AVX2)
-                              " and \"avx2\"" +
-#endif
-                              "");
+  throw std::invalid_argument("there are no kernels called \"" + wanted + "\" in this build and for this processor; there are " + known);
 }
 
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads) {

@@ -79,11 +79,11 @@ struct Kernels {
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads);
 
 const Kernels& portable_kernels();
-#if defined(FETTLE_HAS_AVX2)
-const Kernels& avx2_kernels();
-#endif
+const Kernels& avx2_kernels();         // where FETTLE_HAS_AVX2
+const Kernels& avx512_vnni_kernels();  // where FETTLE_HAS_AVX512
+const Kernels& neon_dot_kernels();     // where FETTLE_HAS_NEON
 
-// The kernels called "portable" or "avx2", or the best for "". Throws std::invalid_argument for what is not there.
+// The kernels of a name of available_instructions(), or the best for "". Throws std::invalid_argument for what is not there.
 const Kernels& find_kernels(const std::string& name);
 
 }  // namespace fettle

@@ -8,6 +8,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "formats/half.h"
@@ -96,6 +98,13 @@ inline Floats round_to(Floats value, Number type) {
 inline Ints to_nearest(Floats value) {
 #if defined(__AVX2__)
   return reinterpret_cast<Ints>(_mm256_cvtps_epi32(value));
+#elif defined(__aarch64__)
+  float32x4_t halves[2];
+  std::memcpy(halves, &value, sizeof value);
+  const int32x4_t whole[2] = {vcvtnq_s32_f32(halves[0]), vcvtnq_s32_f32(halves[1])};
+  Ints result;
+  std::memcpy(&result, whole, sizeof result);
+  return result;
 #else
   const Floats shifter = all(12582912.0f);
   return as_ints(value + shifter) - as_ints(shifter);

@@ -58,7 +58,7 @@ class NativeRunner:
             threads: to compute with; None: all processors that the process may use.
             integer: whether compressed linears read their inputs as bytes.
             cache_type: what keys and values are kept in.
-            kernels: "portable" or "avx2"; "" for the best that this processor runs.
+            kernels: which instructions, one of `features()["available"]`; "" for the best that this processor runs.
 
         Raises:
             UsageError: there is no native data plane here, it lacks a part of this model, or a number cannot be.

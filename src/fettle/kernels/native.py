@@ -21,6 +21,7 @@ runs through the torch reference.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from fettle.tensors.quantized import QuantizedTensor
 if TYPE_CHECKING:
     from fettle._native import Matrix, Pool
 
+FORCE = "FETTLE_INSTRUCTIONS"  # of the environment; cpu/features.cpp reads it too
 NUMBERS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -40,12 +42,15 @@ def plane() -> ModuleType:
     """The compiled module.
 
     Raises:
-        UsageError: it was not built.
+        UsageError: it was not built, or FETTLE_INSTRUCTIONS asks for instructions that do not run here.
     """
     try:
         from fettle import _native
     except ImportError as error:
         raise UsageError(f"{missing()}. Install fettle again where there is one, or use --engine torch") from error
+    asked, there = os.environ.get(FORCE, ""), _native.features()["available"]
+    if asked not in ("", *there):
+        raise UsageError(f"{FORCE} is {asked!r}; this processor and this build run {', '.join(there)}. Take one, or unset it")
     return _native
 
 
@@ -60,18 +65,29 @@ def missing() -> str | None:
 
 
 def explain_runtime() -> str:
-    """One line: which instructions run, and why."""
+    """One line: which instructions run, and why.
+
+    Raises:
+        UsageError: FETTLE_INSTRUCTIONS asks for instructions that do not run here.
+    """
     absent = missing()
     if absent is not None:
         return f"torch reference on {os.cpu_count()} processors: {absent}"
     found = plane().features()
-    reasons = {
-        "avx2": "this processor has AVX2, FMA and F16C",
-        "portable": "this processor or this build has no AVX2",
-    }
-    beside = ", and AVX-512 VNNI, for which there are no kernels yet" if found["avx512_vnni"] else ""
-    name = found["instructions"]
-    return f"native, {name} kernels on {os.cpu_count()} processors: {reasons[name]}{beside}"
+    return f"native, {found['instructions']} kernels on {os.cpu_count()} processors: {reason(found)}"
+
+
+def reason(found: Mapping[str, Any]) -> str:
+    """Why `found["instructions"]` run, out of what `features()` says."""
+    name, best = found["instructions"], found["available"][0]
+    if name != best:
+        return f"{FORCE} asks for them; {best} kernels would run without it"
+    return {
+        "avx512_vnni": "this processor has AVX-512 F, BW, DQ, VL and VNNI",
+        "avx2": "this processor has AVX2, FMA and F16C, and no AVX-512 VNNI that the system lets programs use",
+        "neon_dot": "this processor has NEON with dot products of bytes",
+        "portable": "this processor or this build has neither AVX2 nor NEON with dot products",
+    }[name]
 
 
 def default_threads() -> int:
