@@ -42,6 +42,7 @@ inline nb::ndarray<nb::numpy, float, nb::ndim<2>> owned(float* memory, size_t ro
 }
 
 void bind_matrices(nb::module_& module);
+void bind_sparse(nb::module_& module);
 void bind_decoders(nb::module_& module);
 void bind_limits(nb::module_& module);
 

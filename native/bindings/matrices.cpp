@@ -68,7 +68,7 @@ void bind_matrices(nb::module_& module) {
       .def_prop_ro("rows", &Matrix::rows)
       .def_prop_ro("columns", &Matrix::columns)
       .def_prop_ro("nbytes", &Matrix::bytes)
-      .def_prop_ro("block", [](const Matrix& m) { return m.coded() != nullptr ? m.coded()->cut.block : 0; })
+      .def_prop_ro("block", [](const Matrix& m) { return m.cut() != nullptr ? m.cut()->block : 0; })
       .def("multiply", &product, nb::arg("inputs"), nb::arg("pool"), nb::arg("integer"), nb::arg("kernels") = "")
       .def("row", &row_of, nb::arg("index"), nb::arg("kernels") = "");
   module.def("coded", &coded, nb::arg("streams"), nb::arg("columns"), nb::arg("stream_bits"), nb::arg("bits"), nb::arg("group"), nb::arg("scales"),

@@ -28,6 +28,7 @@ NB_MODULE(_native, module) {
           nb::arg("threads"), nb::arg("pinned") = false)
       .def_prop_ro("threads", &ThreadPool::threads);
   bind_matrices(module);
+  bind_sparse(module);
   bind_decoders(module);
   bind_limits(module);
 }

@@ -31,6 +31,7 @@ class Coded {
   Coded(const StoredCodes& stored, ThreadPool& pool);
 
   const CodedMatrix& view() const { return view_; }
+  void drop_codes() { codes_ = Storage(), view_.codes = nullptr; }  // keeps what groups share
   size_t bytes() const { return codes_.size() + scales_.size() + zeros_.size(); }
 
  private:

@@ -2,6 +2,7 @@
 //
 //   fettle_fuzz ROUNDS SEED      prints one line; exits with 1 at the first disagreement (a sanitizer with its own code)
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "decoder/decoder.h"
+#include "formats/half.h"
 #include "ops/matmul.h"
 
 namespace fettle {
@@ -67,6 +69,42 @@ std::shared_ptr<Matrix> random_coded(int rows, int columns, ThreadPool& pool) {
   return std::make_shared<Matrix>(Coded(stored, pool));
 }
 
+// What stayed: few, most, or none in some rows; codes where they can skip, else numbers.
+std::shared_ptr<Matrix> random_sparse(int rows, int columns, ThreadPool& pool) {
+  const int share = between(0, 100);
+  std::vector<uint8_t> kept(static_cast<size_t>(rows) * columns);
+  for (uint8_t& keep : kept) keep = between(0, 99) < share;
+  if (between(0, 2) == 0) {
+    std::vector<float> values = floats(kept.size(), 0.3f);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = kept[i] ? values[i] : 0.0f;
+    std::vector<uint16_t> halves(values.size());
+    for (size_t i = 0; i < values.size(); ++i) halves[i] = to_float16(values[i]);
+    if (between(0, 1) == 0) return std::make_shared<Matrix>(SparseNumbers(halves.data(), Number::float16, rows, columns, pool));
+    return std::make_shared<Matrix>(SparseNumbers(values.data(), Number::float32, rows, columns, pool));
+  }
+  StoredCodes stored;
+  stored.rows = rows;
+  stored.columns = columns;
+  stored.bits = between(2, 8);
+  stored.stream_bits = 8;
+  stored.stream_bytes = static_cast<size_t>(columns);
+  stored.group = between(0, 3) == 0 ? columns : between(17, columns + 40);
+  stored.levels = random_levels(stored.bits);  // zero is among them where steps are equal
+  if (std::find(stored.levels.begin(), stored.levels.end(), 0.0f) == stored.levels.end()) stored.levels[0] = 0;
+  std::sort(stored.levels.begin(), stored.levels.end());
+  for (size_t i = 1; i < stored.levels.size(); ++i)
+    if (stored.levels[i] <= stored.levels[i - 1]) stored.levels[i] = stored.levels[i - 1] + 1;
+  std::vector<uint8_t> codes(kept.size());
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(between(0, static_cast<int>(stored.levels.size()) - 1));
+  const int group = std::min(stored.group, columns), groups = (columns + group - 1) / group;
+  stored.scale_rows = between(0, 4) == 0 ? 1 : rows;
+  const std::vector<float> scales = floats(static_cast<size_t>(stored.scale_rows) * groups, 0.1f);
+  stored.streams = codes.data();
+  stored.scales = scales.data();
+  stored.gain = 0.5f;
+  return std::make_shared<Matrix>(SparseCodes(stored, kept.data(), pool));
+}
+
 bool close(const std::vector<float>& a, const std::vector<float>& b, float tolerance) {
   float size = 0, worst = 0;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -79,7 +117,10 @@ bool close(const std::vector<float>& a, const std::vector<float>& b, float toler
 
 bool one_matrix(ThreadPool& pool, const Kernels& best) {
   const int rows = between(1, 70), columns = between(1, 300), tokens = between(1, 13);
-  const auto matrix = between(0, 5) == 0 ? random_dense(rows, columns, pool) : random_coded(rows, columns, pool);
+  const int kind = between(0, 8);
+  const auto matrix = kind == 0 ? random_dense(rows, columns, pool)
+                      : kind < 4 ? random_sparse(rows, columns, pool)
+                                 : random_coded(rows, columns, pool);
   const std::vector<float> inputs = floats(static_cast<size_t>(tokens) * columns);
   bool fine = true;
   for (const bool integer : {false, true}) {

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "formats/matrix.h"
+#include "formats/sparse.h"
 
 namespace fettle {
 
@@ -49,6 +50,13 @@ struct InputBuffers {
 
 enum class Gate : int { silu, gelu_tanh, gelu_erf, relu };
 
+// The portable kernels of pruned weights, for instruction sets that have none of their own.
+void portable_sparse_integer(const SparseMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride);
+void portable_sparse_float(const SparseMatrix& weight, const float* inputs, int tokens, Span span, float* out, int64_t stride);
+void portable_sparse_values(const SparseValues& weight, const float* inputs, int tokens, Span span, float* out, int64_t stride);
+void portable_sparse_row(const SparseMatrix& weight, int row, float* out);
+void portable_sparse_values_row(const SparseValues& weight, int row, float* out);
+
 struct Kernels {
   const char* name;
 
@@ -73,6 +81,13 @@ struct Kernels {
   uint64_t (*read_bytes)(const uint8_t* from, int64_t bytes);
   int64_t (*multiply_adds)(int64_t rounds);
   void (*store_keys_values)(const CacheLayer& cache, int page, int slot, const float* keys, const float* values);
+
+  // As coded_integer, coded_float and dense, of pruned weights; a table that says nothing has the portable ones.
+  decltype(&portable_sparse_integer) sparse_integer = portable_sparse_integer;
+  decltype(&portable_sparse_float) sparse_float = portable_sparse_float;
+  decltype(&portable_sparse_values) sparse_values = portable_sparse_values;
+  decltype(&portable_sparse_row) sparse_row = portable_sparse_row;
+  decltype(&portable_sparse_values_row) sparse_values_row = portable_sparse_values_row;
 };
 
 // Floats of scratch that `attend` needs.

@@ -8,6 +8,7 @@
 #include "ops/kernels.h"
 #include "ops/quantize_inputs.h"
 #include "ops/rows.h"
+#include "ops/sparse_avx2.h"
 
 namespace fettle {
 namespace {
@@ -47,6 +48,7 @@ const Kernels& avx2_kernels() {
   static const Kernels table = {
       "avx2", quantize_inputs, coded_integer_matmul, coded_float_matmul, dense_matmul, coded_row, dense_row,
       rms_norm, layer_norm, rotate, activate, soft_cap, attend, read_bytes, multiply_adds, store_keys_values,
+      sparse_integer, sparse_float, sparse_values, sparse_row, sparse_values_row,
   };
   return table;
 }

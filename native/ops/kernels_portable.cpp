@@ -58,6 +58,14 @@ void coded_integer_matmul(const CodedMatrix& weight, const QuantizedInputs& inpu
   delete[] sums;
 }
 
+}  // namespace
+}  // namespace fettle
+
+#include "ops/sparse.h"  // behind the dense product that it calls
+
+namespace fettle {
+namespace {
+
 uint64_t read_bytes(const uint8_t* from, int64_t bytes) {
   uint64_t total = 0, word;
   for (int64_t i = 0; i + 8 <= bytes; i += 8) {
@@ -78,6 +86,18 @@ int64_t multiply_adds(int64_t rounds) {
 }
 
 }  // namespace
+
+void portable_sparse_integer(const SparseMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
+  sparse_integer_dense(weight, inputs, span, out, stride);
+}
+void portable_sparse_float(const SparseMatrix& weight, const float* inputs, int tokens, Span span, float* out, int64_t stride) {
+  sparse_float(weight, inputs, tokens, span, out, stride);
+}
+void portable_sparse_values(const SparseValues& weight, const float* inputs, int tokens, Span span, float* out, int64_t stride) {
+  sparse_values_dense(weight, inputs, tokens, span, out, stride);
+}
+void portable_sparse_row(const SparseMatrix& weight, int row, float* out) { sparse_row(weight, row, out); }
+void portable_sparse_values_row(const SparseValues& weight, int row, float* out) { sparse_values_row(weight, row, out); }
 
 const Kernels& portable_kernels() {
   static const Kernels table = {

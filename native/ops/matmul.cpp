@@ -3,19 +3,48 @@
 #include <algorithm>
 
 namespace fettle {
+namespace {
+
+template <typename View>
+int rows_of(const View& view) {
+  return view.rows;
+}
+int rows_of(const SparseMatrix& view) { return view.exact.rows; }
+
+}  // namespace
+
+const Cut* Matrix::cut() const {
+  if (const SparseMatrix* found = sparse()) return &found->exact.cut;
+  const CodedMatrix* found = coded();
+  return found != nullptr ? &found->cut : nullptr;
+}
+
+int Matrix::rows() const {
+  return std::visit([](const auto& stored) { return rows_of(stored.view()); }, stored_);
+}
+
+int Matrix::columns() const {
+  if (const Cut* found = cut()) return found->columns;
+  return dense() != nullptr ? dense()->columns : sparse_values()->columns;
+}
+
+int Matrix::tiles() const { return (rows() + kTileRows - 1) / kTileRows; }
+
+size_t Matrix::bytes() const {
+  return std::visit([](const auto& stored) { return stored.bytes(); }, stored_);
+}
 
 void Matrix::row(const Kernels& kernels, int index, float* out) const {
-  if (coded_) {
-    kernels.coded_row(coded_->view(), index, out);
-  } else {
-    kernels.dense_row(dense_->view(), index, out);
-  }
+  if (const CodedMatrix* found = coded()) return kernels.coded_row(*found, index, out);
+  if (const SparseMatrix* found = sparse()) return kernels.sparse_row(*found, index, out);
+  if (const SparseValues* found = sparse_values()) return kernels.sparse_values_row(*found, index, out);
+  kernels.dense_row(*dense(), index, out);
 }
 
 const QuantizedInputs& Inputs::quantized(const Cut& cut, const Kernels& kernels, ThreadPool& pool) {
   if (ready_ && cut == cut_) return quantized_;
   const size_t tokens = static_cast<size_t>(tokens_), blocks = static_cast<size_t>(cut.blocks());
-  codes_.resize(std::max(codes_.size(), tokens * cut.padded()));
+  codes_.resize(std::max(codes_.size(), tokens * cut.padded() + 64));  // windows of sparse kernels read past the end
   scales_.resize(std::max(scales_.size(), tokens * blocks));
   sums_.resize(std::max(sums_.size(), tokens * blocks));
   pairs_.resize(std::max(pairs_.size(), tokens * cut.chunks * 2));
@@ -33,15 +62,20 @@ namespace {
 
 void multiply_span(const Product& product, const Inputs& inputs, const QuantizedInputs* quantized, Span span,
                    const Kernels& kernels) {
-  if (const CodedMatrix* coded = product.matrix->coded()) {
-    if (quantized != nullptr) {
-      kernels.coded_integer(*coded, *quantized, span, product.out, product.stride);
-    } else {
-      kernels.coded_float(*coded, inputs.values(), inputs.tokens(), span, product.out, product.stride);
-    }
-    return;
+  const Matrix& matrix = *product.matrix;
+  const float* values = inputs.values();
+  const int tokens = inputs.tokens();
+  if (const CodedMatrix* coded = matrix.coded()) {
+    if (quantized != nullptr) return kernels.coded_integer(*coded, *quantized, span, product.out, product.stride);
+    return kernels.coded_float(*coded, values, tokens, span, product.out, product.stride);
   }
-  kernels.dense(*product.matrix->dense(), inputs.values(), inputs.tokens(), span, product.out, product.stride);
+  if (const SparseMatrix* sparse = matrix.sparse()) {
+    if (quantized != nullptr) return kernels.sparse_integer(*sparse, *quantized, span, product.out, product.stride);
+    return kernels.sparse_float(*sparse, values, tokens, span, product.out, product.stride);
+  }
+  if (const SparseValues* sparse = matrix.sparse_values())
+    return kernels.sparse_values(*sparse, values, tokens, span, product.out, product.stride);
+  kernels.dense(*matrix.dense(), values, tokens, span, product.out, product.stride);
 }
 
 // Tiles that a thread takes at once: enough of them to go round some times, an even number, since kernels take two.
@@ -53,14 +87,14 @@ void multiply(const std::vector<Product>& products, Inputs& inputs, bool integer
   size_t done = 0;
   while (done < products.size()) {
     // Products that read the same bytes go together; all do, unless a recipe gave them different groups.
-    const CodedMatrix* coded = products[done].matrix->coded();
+    const Cut* cut = products[done].matrix->cut();
     const QuantizedInputs* quantized =
-        integer && coded != nullptr ? &inputs.quantized(coded->cut, kernels, pool) : nullptr;
+        integer && cut != nullptr ? &inputs.quantized(*cut, kernels, pool) : nullptr;
     size_t last = done + 1;
     int64_t tiles = products[done].matrix->tiles();
     for (; last < products.size(); ++last) {
-      const CodedMatrix* other = products[last].matrix->coded();
-      const bool same = integer && other != nullptr ? quantized != nullptr && other->cut == coded->cut : quantized == nullptr;
+      const Cut* other = products[last].matrix->cut();
+      const bool same = integer && other != nullptr ? quantized != nullptr && *other == *cut : quantized == nullptr;
       if (!same) break;
       tiles += products[last].matrix->tiles();
     }

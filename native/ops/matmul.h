@@ -2,32 +2,44 @@
 #pragma once
 
 #include <memory>
-#include <optional>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "cpu/threads.h"
 #include "formats/coded.h"
 #include "formats/dense.h"
+#include "formats/sparse.h"
 #include "ops/kernels.h"
 
 namespace fettle {
 
 class Matrix {
  public:
-  explicit Matrix(Coded coded) : coded_(std::move(coded)) {}
-  explicit Matrix(Dense dense) : dense_(std::move(dense)) {}
+  explicit Matrix(Coded coded) : stored_(std::move(coded)) {}
+  explicit Matrix(Dense dense) : stored_(std::move(dense)) {}
+  explicit Matrix(SparseCodes codes) : stored_(std::move(codes)) {}
+  explicit Matrix(SparseNumbers numbers) : stored_(std::move(numbers)) {}
 
-  const CodedMatrix* coded() const { return coded_ ? &coded_->view() : nullptr; }
-  const DenseMatrix* dense() const { return dense_ ? &dense_->view() : nullptr; }
-  int rows() const { return coded_ ? coded_->view().rows : dense_->view().rows; }
-  int columns() const { return coded_ ? coded_->view().cut.columns : dense_->view().columns; }
-  int tiles() const { return coded_ ? coded_->view().tiles : dense_->view().tiles; }
-  size_t bytes() const { return coded_ ? coded_->bytes() : dense_->bytes(); }
+  const CodedMatrix* coded() const { return view_of<Coded>(); }
+  const DenseMatrix* dense() const { return view_of<Dense>(); }
+  const SparseMatrix* sparse() const { return view_of<SparseCodes>(); }
+  const SparseValues* sparse_values() const { return view_of<SparseNumbers>(); }
+  const Cut* cut() const;  // of codes, which can read inputs in bytes; null for numbers
+  int rows() const;
+  int columns() const;
+  int tiles() const;
+  size_t bytes() const;
   void row(const Kernels& kernels, int index, float* out) const;
 
  private:
-  std::optional<Coded> coded_;
-  std::optional<Dense> dense_;
+  template <typename T>
+  auto view_of() const -> decltype(&std::declval<const T&>().view()) {
+    const T* found = std::get_if<T>(&stored_);
+    return found != nullptr ? &found->view() : nullptr;
+  }
+
+  std::variant<Coded, Dense, SparseCodes, SparseNumbers> stored_;
 };
 
 // The inputs of some matrices: float32 [tokens][columns], and in bytes for each cut that was asked for.

@@ -40,6 +40,18 @@ def coded(
     gain: float,
     pool: Pool,
 ) -> Matrix: ...
+def sparse_codes(
+    codes: NDArray[np.uint8],
+    kept: NDArray[np.uint8],
+    bits: int,
+    group: int,
+    scales: NDArray[Any],
+    scale_type: str,
+    levels: list[float],
+    gain: float,
+    pool: Pool,
+) -> Matrix: ...
+def sparse_numbers(values: NDArray[Any], type: str, pool: Pool) -> Matrix: ...
 def dense(values: NDArray[Any], type: str, pool: Pool) -> Matrix: ...
 
 class Decoder:

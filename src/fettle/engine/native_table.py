@@ -29,12 +29,14 @@ from fettle.engine.native_families import (
 )
 from fettle.errors import UsageError
 from fettle.kernels.native import coded_matrix, dense_matrix
+from fettle.kernels.native_sparse import masked_matrix
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of
 from fettle.models.parts import Block, Linear
 from fettle.models.rotary import Rotary, read_rotary
 from fettle.models.storage import StoredScheme, read_quantized, stored_schemes
+from fettle.tensors.masked import MaskedTensor
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.weights import CompressedWeight
 
@@ -186,7 +188,9 @@ class TableReader:
             whole = isinstance(found, QuantizedTensor) and (rows is None or found.remainder is None)
             if isinstance(found, QuantizedTensor) and whole:
                 return coded_matrix(_rows_of(found, rows), self.pool)
-            weight = found.dequantize()  # vector codes, masks, pieces with a remainder: no kernel has them yet
+            if isinstance(found, MaskedTensor):
+                return masked_matrix(found, self.pool, None if rows is None else _span(rows))
+            weight = found.dequantize()  # vector codes, pieces with a remainder: no kernel has them yet
         else:
             weight = self.checkpoint.read(linear.weight_name)
             check_finite(linear.weight_name, weight)
