@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fettle.api.completing import complete
 from fettle.api.compressing import EVALUATION_TOKENS, compress
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
@@ -27,9 +28,9 @@ from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.train import TrainMethod
 from fettle.methods.train.curve import CHECKPOINTS, Curve
+from fettle.methods.train.job import TrainJob
 from fettle.methods.train.options import SignalFields
 from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
-from fettle.methods.train.training import TrainJob
 from fettle.methods.train.training import train as train_stage
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
@@ -239,7 +240,7 @@ def _train(
 ) -> Curve:  # fmt: skip
     job = TrainJob(
         model=source, original=original, output=target, folder=folder, base_name=display_name(source), device=device,
-        generic=generic, progress=progress,
+        generic=generic, progress=progress, complete=complete,
     )  # fmt: skip
     return train_stage(method, job)
 

@@ -17,7 +17,8 @@ from fettle.layers import QuantizedLinear
 from fettle.methods.train import Adapter
 from fettle.methods.train.adapters import PackedBase, adaptable_, load_adapters, merge_adapter, wrapped
 from fettle.methods.train.curve import Curve
-from fettle.methods.train.training import TrainJob, train
+from fettle.methods.train.job import TrainJob
+from fettle.methods.train.training import train
 from fettle.models.loading import load
 
 from .conftest import SMALL

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
+from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint, file_sha256
@@ -53,7 +54,7 @@ RECORD = "fettle_adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(LoopFields, SignalFields):
+class Adapter(LoopFields, SignalFields, DataFields):
     """A few new parameters beside an untouched base: LoRA and its kin, IA3, prompt and prefix tuning."""
 
     name: ClassVar[str] = "adapter"
@@ -80,6 +81,7 @@ class Adapter(LoopFields, SignalFields):
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
+        self.check_data(self, self)
         if self.kind in VIRTUAL and self.merge:
             raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora, rslora, dora, ia3")
         if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:

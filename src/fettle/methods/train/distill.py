@@ -18,10 +18,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
+from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.layer_maps import LayerMap
 from fettle.methods.train.options import LoopFields, SignalFields
+from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.students import write_student
-from fettle.methods.train.training import Learner, TrainJob
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from fettle.tensors.masked import MaskedScheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(LoopFields, SignalFields):
+class Distill(LoopFields, SignalFields, DataFields):
     """All weights, the blocks' or the norms' learn from a teacher; heals what compression broke."""
 
     name: ClassVar[str] = "distill"
@@ -52,6 +53,7 @@ class Distill(LoopFields, SignalFields):
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
+        self.check_data(self, self)
 
     def learner(self, job: TrainJob) -> Learner:
         """The dense student."""

@@ -10,7 +10,7 @@ from fettle.errors import RecipeError
 from fettle.methods.train.layer_maps import LayerMap
 from fettle.methods.train.signals import Divergence
 
-SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "distances", "values")
+SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "distances", "values", "sentences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,10 @@ class SignalFields:
     relations: float = field(default=0.0, metadata={"help": "weight of cosines between samples", "minimum": 0.0})
     distances: float = field(default=0.0, metadata={"help": "weight of distances between samples", "minimum": 0.0})
     values: float = field(default=0.0, metadata={"help": "weight of value relations in the last block", "minimum": 0.0})
+    sentences: float = field(
+        default=0.0,
+        metadata={"help": "weight of an encoder's mean vectors; its default beside features", "minimum": 0.0},
+    )
     layer_map: LayerMap = field(
         default="uniform", metadata={"help": "which of the teacher's layers a student's layer looks at"}
     )

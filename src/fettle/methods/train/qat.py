@@ -23,9 +23,10 @@ from fettle.errors import RecipeError
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.methods.train.fake_quantization import FakeQuantizedLinear, check_scheme, leaning_start
+from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
@@ -38,7 +39,7 @@ from fettle.tensors.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qat(LoopFields, SignalFields, GridFields):
+class Qat(LoopFields, SignalFields, DataFields, GridFields):
     """Codes and scales of all linears of the blocks, trained against the model before quantization."""
 
     name: ClassVar[str] = "qat"
@@ -60,6 +61,7 @@ class Qat(LoopFields, SignalFields, GridFields):
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
+        self.check_data(self, self)
         GridFields.validate(self)
         check_scheme(self.scheme("float32"), self.rule)
 

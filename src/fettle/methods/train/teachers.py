@@ -34,8 +34,8 @@ IDENTITY = "teacher.json"
 class Teacher(Protocol):
     """Gives its outputs for tokens."""
 
-    def __call__(self, input_ids: Tensor) -> Outputs:
-        """Outputs for int64 [batch, tokens]; no gradient."""
+    def __call__(self, input_ids: Tensor, window: Tensor | None = None) -> Outputs:
+        """Outputs for int64 [batch, tokens], which are these windows [batch] of the training text; no gradient."""
         ...
 
 
@@ -48,7 +48,7 @@ class Several:
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float], temperature: float) -> None:
         self.teachers, self.weights, self.temperature = teachers, weights, temperature
 
-    def __call__(self, input_ids: Tensor) -> Outputs:
+    def __call__(self, input_ids: Tensor, window: Tensor | None = None) -> Outputs:
         """Logits alone."""
         parts = [
             torch.log_softmax(teacher(input_ids).logits.float() / self.temperature, -1) + math.log(weight)
@@ -63,8 +63,8 @@ class Live:
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
 
-    def __call__(self, input_ids: Tensor) -> Outputs:
-        """Its outputs."""
+    def __call__(self, input_ids: Tensor, window: Tensor | None = None) -> Outputs:
+        """Its outputs, which do not depend on the number of the window."""
         with torch.no_grad():
             return self.observed(input_ids)
 
@@ -90,8 +90,8 @@ def require_same_tokens(student: Any, teacher: Any, names: tuple[str, str]) -> N
         raise UsageError(
             f"{names[0]} and {names[1]} have different tokenizers ({len(ours):,} and {len(theirs):,} entries, "
             f"{differing:,} of the teacher's mean something else to the student), so their predictions cannot be "
-            "compared token by token. Give a teacher of the same family, or let it write text and train on that with "
-            "hard: 1, soft: 0"
+            "compared token by token. Give a teacher of the same family, or let it write the text, which is tokenized "
+            "anew: written: 1, hard: 1, soft: 0"
         )
 
 
