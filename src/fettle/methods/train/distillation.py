@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train import signals
-from fettle.methods.train.layer_maps import layer_map
 from fettle.methods.train.loop import Objective
 from fettle.methods.train.options import SignalFields
 from fettle.methods.train.outputs import Observed, Outputs
@@ -27,14 +26,15 @@ class Distillation(Objective):
 
     def __init__(
         self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None,
-        answers: KeptAnswers | None = None, teacher_depth: int | None = None,
+        answers: KeptAnswers | None = None, layers: list[int] | None = None,
     ) -> None:  # fmt: skip
+        """`layers`: for each of the student's, the teacher's that it looks at, where a signal goes by layer."""
         super().__init__()
         self.student = student.model
         self.fields = fields
         self._observed = (student,)  # in a tuple: neither it nor the teacher is a part that learns or is saved
         self._teacher, self._answers = (teacher,), answers
-        self._layers = layer_map(fields.layer_map, student.depth, teacher_depth) if teacher_depth is not None else []
+        self._layers = layers or []
         self.projections = nn.ParameterList()
         self._relation_heads = 1
 

@@ -17,27 +17,25 @@ Cost: as for a decoder; a batch is cut to its longest line.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fettle.data.windows import Text, read_text
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train import signals
 from fettle.methods.train.job import Learner, TrainJob
-from fettle.methods.train.layer_maps import layer_map
+from fettle.methods.train.layer_search import looked_at
 from fettle.methods.train.loop import Objective
+from fettle.methods.train.named_teachers import load_teacher
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.outputs import value_path
 from fettle.methods.train.sources.fields import DataFields
-from fettle.methods.train.text_mix import TrainingText, cut_off
+from fettle.methods.train.text_mix import TrainingText
 from fettle.models.anatomy import Anatomy
-from fettle.models.loading import load
-from fettle.models.source import resolve
 
 KNOWN = ("sentences", "features", "relations", "distances", "values")
 USUAL = {"sentences": 1.0, "features": 1.0}
@@ -49,7 +47,7 @@ def encoder_signals(asked: SignalFields) -> dict[str, float]:
     Raises:
         RecipeError: a signal of next tokens or of attention, several teachers, or kept answers.
     """
-    usual_soft = next(item.default for item in fields(SignalFields) if item.name == "soft")
+    usual_soft = next(item.default for item in dataclasses.fields(SignalFields) if item.name == "soft")
     found = {name: weight for name, weight in asked.weights().items() if (name, weight) != ("soft", usual_soft)}
     wrong = sorted(set(found) - set(KNOWN))
     if wrong:
@@ -67,44 +65,6 @@ def refuse_sources(data: DataFields) -> None:
     given += ["curriculum"] if data.curriculum != "none" else []
     if given:
         raise RecipeError(f"{', '.join(given)} need next tokens, which an encoder does not predict; leave them out")
-
-
-def sentences(tokenizer: Any, loop: LoopFields) -> TrainingText:
-    """Lines of the texts as windows, drawn by the seed; the last lines of the text are held back.
-
-    Raises:
-        UsageError: no line to learn from or to hold back, or a tokenizer without padding.
-    """
-    if tokenizer.pad_token_id is None:
-        raise UsageError("this encoder's tokenizer has no padding token, so sentences cannot share a batch")
-    texts, counts = [read_text(loop.text)], [loop.windows]
-    if loop.replay is not None:
-        texts.append(read_text(loop.replay))
-        counts.append(round(loop.windows * loop.replay_share))
-        counts[0] -= counts[1]
-    parts = [cut_off(text, loop.held_back > 0) for text in texts]
-    learned: list[str] = []
-    for number, ((first, _), count) in enumerate(zip(parts, counts, strict=True)):
-        lines = _lines(first)
-        generator = torch.Generator().manual_seed(loop.seed + number)
-        learned += [lines[place] for place in torch.randperm(len(lines), generator=generator)[:count].tolist()]
-    kept = _lines(parts[0][1])[: loop.held_back] if loop.held_back else []
-    if not learned or (loop.held_back and not kept):
-        raise UsageError(
-            f"{texts[0].source} has too few lines to learn from and to hold back; give a text with a sentence a line"
-        )
-    drawn = tokenizer(learned + kept, padding="max_length", truncation=True, max_length=loop.length)
-    return TrainingText(
-        ids=torch.tensor(drawn["input_ids"]),
-        learned=len(learned),
-        sources=tuple(text.source for text in texts),
-        sha256=hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest(),
-        note="" if len(learned) == loop.windows else f"{len(learned)} lines of the {loop.windows} asked for",
-    )
-
-
-def _lines(text: Text) -> list[str]:
-    return [line.strip() for line in text.content.splitlines() if line.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,25 +174,28 @@ class EncoderDistillation(Objective):
         return torch.stack(errors).mean()
 
 
-def encoder_objective(learner: Learner, asked: SignalFields, text: TrainingText, job: TrainJob) -> EncoderDistillation:
+def encoder_objective(
+    learner: Learner, fields: tuple[SignalFields, LoopFields], text: TrainingText, job: TrainJob
+) -> EncoderDistillation:
     """The objective of an encoder's training.
 
     Raises:
         RecipeError: signals that an encoder does not have.
         UsageError: another tokenizer than the teacher's.
     """
-    weights, student = encoder_signals(asked), learner.loaded
-    name = (asked.teachers() or [str(job.original)])[0]
-    teacher = load(resolve(name), device=job.device, generic=job.generic)
+    (asked, loop), student = fields, learner.loaded
+    weights = encoder_signals(asked)
+    name = job.teachers(asked)[0]
+    teacher = load_teacher(name, device=job.device, generic=job.generic)
     if teacher.tokenizer is None or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise UsageError(f"{job.model} and {name} have different tokenizers, so their words cannot be compared")
     teacher.model.eval()
-    depths = len(student.anatomy.blocks), len(teacher.anatomy.blocks)
+    depth = len(student.anatomy.blocks)
     made = EncoderDistillation(
         ObservedEncoder(student.model, student.anatomy, weights),
         ObservedEncoder(teacher.model, teacher.anatomy, weights),
         weights,
-        layers=layer_map(asked.layer_map, *depths) if "features" in weights else [],
+        layers=looked_at(asked, loop, depth, teacher, job.device) if "features" in weights else [],
         padding=student.tokenizer.pad_token_id,
         factors=learner.rates,
     )

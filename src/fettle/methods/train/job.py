@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from fettle.methods.train.options import BEFORE, SignalFields
 from fettle.methods.train.sources.on_policy import Completer
 from fettle.models.loading import LoadedModel
 from fettle.progress import Progress, Silent
@@ -40,6 +41,11 @@ class TrainJob:
     generic: bool = False
     progress: Progress = field(default_factory=Silent)
     complete: Completer | None = None
+
+    def teachers(self, signals: SignalFields) -> list[str]:
+        """The models that are learned from, as `resolve` takes them."""
+        named = [str(self.model) if name == BEFORE else name for name in signals.teachers()]
+        return named or [str(self.original)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

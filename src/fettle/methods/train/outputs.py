@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.models.anatomy import Anatomy
+from fettle.models.loading import LoadedModel
 
 RELATION_STRIDE = 16  # every how manieth token's state is a sample of the relations
 
@@ -38,6 +39,13 @@ class Outputs:
     def samples(self) -> Tensor:
         """Some tokens' last states, [samples, width]: what relations are taken between."""
         return self.hidden[-1][:, RELATION_STRIDE - 1 :: RELATION_STRIDE].flatten(0, 1)
+
+
+def base_tree(loaded: LoadedModel) -> nn.Module:
+    """The transformers model, below an adapter that may stand around it."""
+    model: Any = loaded.model
+    found: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else getattr(model, "tree", model)
+    return found
 
 
 def value_path(anatomy: Anatomy) -> str:

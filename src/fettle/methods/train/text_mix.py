@@ -70,7 +70,8 @@ def training_text(
         counts.append(max(1, round(fields.windows * written_share)))
         parts.append((written, written))
     counts[0] -= sum(counts[1:])
-    learned, notes, drawn_from = [], [], []
+    learned, notes = [], []
+    drawn_from: list[int] = []
     for number, ((first, _), count) in enumerate(zip(parts, counts, strict=True)):
         if count > 0:
             drawn = calibration_windows(

@@ -17,18 +17,20 @@ from torch import nn
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.distillation import Distillation
-from fettle.methods.train.encoders import encoder_objective, refuse_sources, sentences
+from fettle.methods.train.encoders import encoder_objective, refuse_sources
 from fettle.methods.train.job import Learner, TrainJob, TrainMethod
+from fettle.methods.train.layer_search import looked_at
 from fettle.methods.train.loop import Objective, run
+from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.outputs import Observed
+from fettle.methods.train.outputs import Observed, base_tree
 from fettle.methods.train.processes import is_main_process, process_group
+from fettle.methods.train.sentence_text import sentences
+from fettle.methods.train.several import Several
 from fettle.methods.train.sources.fields import DataFields
-from fettle.methods.train.sources.gathering import file_hashes, gathered, teachers_text
-from fettle.methods.train.teachers import Live, Several, Teacher, keep_answers, read_answers, require_same_tokens
+from fettle.methods.train.sources.gathering import gathered, teachers_text
+from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, training_text
-from fettle.models.loading import load
-from fettle.models.source import resolve
 
 
 class _WithRates(Distillation):
@@ -61,35 +63,45 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     learner.loaded.anatomy.require_rows(int(text.ids.min()), int(text.ids.max()))
     objective: Objective
     if learner.loaded.anatomy.causal:
-        objective = decoder = _objective(learner, signals, text, job)
+        objective = decoder = _objective(learner, (signals, loop), text, job)
         mix = gathered(learner.loaded, decoder.gap, text, (loop, data, signals), job)
     else:
-        objective, mix = encoder_objective(learner, signals, text, job), None
+        objective, mix = encoder_objective(learner, (signals, loop), text, job), None
     curve = run(objective, text, loop, job.folder, job.progress, mix)
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
 
 
-def _objective(learner: Learner, signals: SignalFields, text: TrainingText, job: TrainJob) -> Distillation:
+def _objective(
+    learner: Learner, fields: tuple[SignalFields, LoopFields], text: TrainingText, job: TrainJob
+) -> Distillation:
+    signals, loop = fields
     asked = tuple(signals.weights())
     if "sentences" in asked:
         raise RecipeError(f"sentences compares an encoder's vectors, and {job.model} predicts next tokens; set it to 0")
     student = Observed(learner.model, cast(nn.Module, learner.loaded.model), learner.loaded.anatomy, asked)
     teacher: Teacher | None = None
-    depth, answers = None, None
+    layers, answers = None, None
     if signals.needs_teacher:
-        names = signals.teachers() or [str(job.original)]
-        models = [load(resolve(name), device=job.device, generic=job.generic) for name in names]
+        names = job.teachers(signals)
+        models = [load_teacher(name, device=job.device, generic=job.generic) for name in names]
         for name, found in zip(names, models, strict=True):
             require_same_tokens(learner.loaded.tokenizer, found.tokenizer, (str(job.model), name))
-        live = [Live(Observed(found.model, found.model, found.anatomy, asked)) for found in models]
+        live = [Live(Observed(found.model, base_tree(found), found.anatomy, asked)) for found in models]
         weights = signals.parsed_teacher_weights()
-        teacher = live[0] if len(live) == 1 else Several(live, weights, signals.temperature)
-        depth = len(models[0].anatomy.blocks) if {"features", "attention"} & set(asked) else None
+        teacher = live[0]
+        if len(live) > 1:
+            teacher = several = Several(live, weights, signals.temperature, signals.teacher_weighting)
+            if signals.teacher_weighting != "fixed" and signals.weighting_by == "task":
+                with process_group(job.device).main_process_first():
+                    hashes = {"teachers": [teacher_hashes(name) for name in names]}
+                    several.settle_by_task(text, job.folder, hashes, job.progress)
+        if {"features", "attention"} & set(asked):
+            layers = looked_at(signals, loop, student.depth, models[0], job.device)
         if signals.teacher_top_k is not None:
             answers = _kept(teacher, signals, text, job, names)
-    objective = _WithRates(student, signals, teacher=teacher, answers=answers, teacher_depth=depth)
+    objective = _WithRates(student, signals, teacher=teacher, answers=answers, layers=layers)
     objective.factors = learner.rates
     objective.fit_shapes(text.ids[:1].to(job.device))
     return objective.to(job.device)
@@ -102,8 +114,8 @@ def _kept(teacher: Teacher, signals: SignalFields, text: TrainingText, job: Trai
     k = min(signals.teacher_top_k, vocabulary)
     identity = {
         "text": text.sha256,
-        "teacher": [file_hashes(name) for name in names],
-        "weights": signals.teacher_weights,
+        "teacher": [teacher_hashes(name) for name in names],
+        "weights": [signals.teacher_weights, signals.teacher_weighting, signals.weighting_by],
     }
     with process_group(job.device).main_process_first():
         keep_answers(

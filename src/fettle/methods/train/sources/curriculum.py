@@ -83,7 +83,7 @@ def difficulties(
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != told:
         folder.mkdir(parents=True, exist_ok=True)
         loss = judge()
-        found = torch.cat([loss(part) for part in text.ids[: text.learned].split(1)]).float().cpu()
+        found = torch.cat([loss(part) for part in text.ids[: text.learned].unsqueeze(1)]).float().cpu()
         write_shard(folder, LOSSES, {"loss": found})
         write_json(known, told)
     kept: Tensor = load_file(folder / LOSSES)["loss"]

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fettle.data.windows import Text
 from fettle.errors import UsageError
 from fettle.methods.train.job import TrainJob
+from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.processes import process_group
 from fettle.methods.train.sources.adversarial import Adversarial, Gap
@@ -22,23 +23,16 @@ from fettle.methods.train.sources.on_policy import Completer, OnPolicy
 from fettle.methods.train.sources.written import written_text
 from fettle.methods.train.teachers import require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, learning_part
-from fettle.models.checkpoint import Checkpoint
-from fettle.models.loading import LoadedModel, load
-from fettle.models.source import resolve
-
-
-def file_hashes(model: str) -> dict[str, str]:
-    """Of a teacher, which says whether it is the same one as before."""
-    return Checkpoint.open(resolve(model)).file_hashes()
+from fettle.models.loading import LoadedModel
 
 
 def teachers_text(loop: LoopFields, data: DataFields, signals: SignalFields, job: TrainJob) -> Text | None:
     """What the teachers write for this run, or wrote before a kill; None where nothing is asked for."""
     if not data.written:
         return None
-    names = signals.teachers() or [str(job.original)]
-    identity = {"teachers": [file_hashes(name) for name in names]}
-    loaders = [partial(load, resolve(name), device=job.device, generic=job.generic) for name in names]
+    names = job.teachers(signals)
+    identity = {"teachers": [teacher_hashes(name) for name in names]}
+    loaders = [partial(load_teacher, name, device=job.device, generic=job.generic) for name in names]
     with process_group(job.device).main_process_first():
         return written_text(
             loaders, _completer(job, "written"), learning_part(loop), (loop, data), job.folder / "written", identity,
@@ -85,16 +79,15 @@ def _completer(job: TrainJob, what: str) -> Completer:
 def _difficulties(
     student: LoadedModel, text: TrainingText, data: DataFields, signals: SignalFields, job: TrainJob
 ) -> Tensor:
-    named = signals.teachers() if data.curriculum == "teacher" else []
-    name = (named or [str(job.original)])[0]
+    name = job.teachers(signals)[0] if data.curriculum == "teacher" else str(job.original)
 
     def judge() -> Callable[[Tensor], Tensor]:
-        model = load(resolve(name), device=job.device, generic=job.generic)
+        model = load_teacher(name, device=job.device, generic=job.generic)
         require_same_tokens(student.tokenizer, model.tokenizer, (str(job.model), name))
         return partial(window_losses, model)
 
     with process_group(job.device).main_process_first():
-        return difficulties(judge, text, job.folder / FOLDER, {"judge": file_hashes(name)})
+        return difficulties(judge, text, job.folder / FOLDER, {"judge": teacher_hashes(name)})
 
 
 @torch.no_grad()
