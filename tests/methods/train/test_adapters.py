@@ -205,7 +205,7 @@ def test_eva_begins_along_the_inputs_and_as_the_base(
     inputs = torch.cat(seen)
     directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)[2][:4]
     ours = torch.linalg.qr(stored[key].float().T)[0].T
-    assert torch.linalg.svdvals(directions @ ours.T).mean() > 0.9  # PEFT's decomposition is incremental
+    assert torch.linalg.svdvals(directions @ ours.T)[:3].min() > 0.9  # incremental, and the last two are near
 
 
 def test_an_adapted_model_teaches_its_base(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -150,6 +150,6 @@ def load_bottlenecks(loaded: LoadedModel, adapters: Mapping[str, Path]) -> Bottl
             raise CheckpointError(f"the adapter in {folder} has other tensors than this base has places for")
         for path, widened in model.places.items():
             part = {key.removeprefix(f"{path}."): value for key, value in stored.items() if key.startswith(f"{path}.")}
-            cast(nn.Module, widened.adapters[name]).load_state_dict(part)
+            widened.adapters[name].load_state_dict(part)
     model.set_adapter(next(iter(adapters)))
     return model.eval()

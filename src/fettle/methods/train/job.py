@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from fettle.methods.train.options import BEFORE, SignalFields
 from fettle.methods.train.sources.on_policy import Completer
 from fettle.models.loading import LoadedModel
 from fettle.progress import Progress, Silent
+
+BeforeStep = Callable[[int, Callable[[], Iterator[Tensor]]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +59,14 @@ class Learner:
         model: what is called: the tree, or what wraps it.
         write: given the record for `fettle.json`, writes what was learned.
         rates: factors of the learning rate, by the beginning of a parameter's name in `model`.
+        before_step: told of each step before it is taken, with what computes the losses of its windows one by one.
     """
 
     loaded: LoadedModel
     model: nn.Module
     write: Callable[[dict[str, Any]], None]
     rates: dict[str, float] = field(default_factory=dict)
+    before_step: BeforeStep | None = None
 
 
 class TrainMethod(Protocol):

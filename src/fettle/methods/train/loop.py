@@ -16,7 +16,7 @@ Cost: parameters that learn four times in float32 (values, gradients, two moment
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,9 @@ class Objective(nn.Module):
             input_ids: int64 [batch, length], their tokens.
         """
         raise TypeError(f"{type(self).__name__} is no objective: it has no forward")
+
+    def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
+        """Called before each step; `losses` computes those of its windows, one by one. Nothing, unless overridden."""
 
     def rates(self) -> dict[str, float]:
         """Factors of the learning rate, by the beginning of a parameter's name; 1 for all others."""
@@ -173,8 +176,17 @@ def _recorder(objective: Objective, fields: LoopFields, folder: Path, task: Task
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             mix.begin(state.global_step)
+            objective.begin(state.global_step, lambda: _losses(objective, mix, state.global_step, fields))
 
     return RecorderCallback(objective, fields, folder, task)
+
+
+def _losses(objective: Objective, mix: Mix, step: int, fields: LoopFields) -> Iterator[Tensor]:
+    """The losses of the windows of one step, one by one, whatever the number of processes."""
+    device = next(objective.parameters()).device
+    for place in range(step * fields.batch_windows, (step + 1) * fields.batch_windows):
+        inputs = {key: value.to(device) for key, value in mix.take(torch.tensor([place])).items()}
+        yield objective(**inputs)["loss"]
 
 
 def _trainer(objective: Objective, mix: Mix, fields: LoopFields, folder: Path, recorder: Recorder) -> Any:

@@ -93,8 +93,8 @@ class SignalFields:
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "folder, hub id, demo, or base+adapter; several with commas; before: what the stage reads; none: what "
-            "the chain began with"
+            "help": "folder, hub id, demo, or base+adapter; several with commas; before: what the stage reads; none: "
+            "what the chain began with"
         },
     )
     teacher_weights: str | None = field(

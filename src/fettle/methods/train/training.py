@@ -8,17 +8,18 @@ objective            → loop (loop.py) → learner.write
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.distillation import Distillation
 from fettle.methods.train.encoders import encoder_objective, refuse_sources
-from fettle.methods.train.job import Learner, TrainJob, TrainMethod
+from fettle.methods.train.job import BeforeStep, Learner, TrainJob, TrainMethod
 from fettle.methods.train.layer_search import looked_at
 from fettle.methods.train.loop import Objective, run
 from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
@@ -33,13 +34,18 @@ from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answ
 from fettle.methods.train.text_mix import TrainingText, training_text
 
 
-class _WithRates(Distillation):
-    """The objective with a learner's own factors of the learning rate."""
+class _OfLearner(Distillation):
+    """The objective with a learner's own factors of the learning rate, and what it does before a step."""
 
     factors: dict[str, float]
+    before_step: BeforeStep | None
 
     def rates(self) -> dict[str, float]:
         return {f"student.{start}": factor for start, factor in self.factors.items()}
+
+    def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
+        if self.before_step is not None:
+            self.before_step(step, losses)
 
 
 def train(method: TrainMethod, job: TrainJob) -> Curve:
@@ -101,8 +107,8 @@ def _objective(
             layers = looked_at(signals, loop, student.depth, models[0], job.device)
         if signals.teacher_top_k is not None:
             answers = _kept(teacher, signals, text, job, names)
-    objective = _WithRates(student, signals, teacher=teacher, answers=answers, layers=layers)
-    objective.factors = learner.rates
+    objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers)
+    objective.factors, objective.before_step = learner.rates, learner.before_step
     objective.fit_shapes(text.ids[:1].to(job.device))
     return objective.to(job.device)
 
