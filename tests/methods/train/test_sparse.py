@@ -157,6 +157,12 @@ def test_masks_of_a_killed_run_are_those_of_an_undisturbed_one(
         for name in ("undisturbed", "killed")
     ]
     assert digests[0] == digests[1]
+    shutil.rmtree(tmp_path / "killed")  # over, but not written: the masks are those of the last steps
+    train(Sparse(**how), job("killed"))
+    assert (
+        hashlib.sha256((tmp_path / "killed" / "model-00001-of-00003.safetensors").read_bytes()).hexdigest()
+        == (digests[0]["model-00001-of-00003.safetensors"])
+    )
     record = json.loads((tmp_path / "killed" / "fettle.json").read_text())
     assert record["training"]["fields"]["regrow"] == 0.3
     shutil.rmtree(tmp_path / "killed.run" / "masks")

@@ -110,7 +110,7 @@ class Sparse(LoopFields, SignalFields, DataFields):
             raise RecipeError("keep=best would keep the dense start, whose held-back loss is least; use keep: last")
         if self.pruned_until <= self.pruned_from and self.growth != "one_shot":
             raise RecipeError(
-                f"pruned_until={self.pruned_until:g} is not behind pruned_from={self.pruned_from:g}; give a larger share"
+                f"pruned_until={self.pruned_until:g} is not behind pruned_from={self.pruned_from:g}; give more"
             )
         if self.regrow and (self.pattern not in ("layer", "row") or self.score == "movement"):
             raise RecipeError("regrow exchanges single weights of a layer or a row by magnitude or taylor; use these")
@@ -190,16 +190,23 @@ class Masks:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_shard(self.folder, name, {n: m.mask.cpu() for n, m in zip(self.names, self.modules, strict=True)})
         wait_for_all()
-        stored = load_file(self.folder / name)
+        self._read(due)
+
+    def _read(self, step: int) -> None:
+        stored = load_file(self.folder / f"masks-{step:08d}.safetensors")
         for key, module in zip(self.names, self.modules, strict=True):
             module.mask = stored[key].to(module.weight.device)
-        self._known = due
+        self._known = step
 
     def finish(self) -> None:
-        """At the end all of it is pruned, also where minutes ended a run before."""
+        """The last masks, also of a run that was over when it was called again; all pruned, if minutes ended it early."""
+        drawn = sorted(self.folder.glob("masks-*.safetensors"))
+        if drawn:
+            self._read(int(drawn[-1].stem.rpartition("-")[2]))
         sparsity = self.fields.sparsity
         for module in self.modules:
-            if int((~module.mask).sum()) < self._pattern.pruned_count(tuple(module.mask.shape), sparsity):
+            out_features, in_features = module.mask.shape
+            if int((~module.mask).sum()) < self._pattern.pruned_count((out_features, in_features), sparsity):
                 module.mask = pruned(module, None, self._pattern, sparsity, self._plain)
 
     @property
