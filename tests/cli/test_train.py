@@ -59,4 +59,9 @@ def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "qat"]) == 0
     assert "Quantization-aware training" in capsys.readouterr().out
     assert main(["methods", "--json"]) == 0
-    assert {m["name"] for m in json.loads(capsys.readouterr().out)["training"]} == {"distill", "qat", "adapter"}
+    assert {m["name"] for m in json.loads(capsys.readouterr().out)["training"]} == {
+        "distill",
+        "qat",
+        "sparse",
+        "adapter",
+    }

@@ -16,7 +16,14 @@ CHAINS = shipped_chains()
 
 
 def test_the_promised_chains_are_there() -> None:
-    assert {path.stem for path in CHAINS} >= {"qat-2bit", "ternary", "shallow-4bit", "qlora-4bit", "heal-4bit"}
+    assert {path.stem for path in CHAINS} >= {
+        "qat-2bit",
+        "ternary",
+        "shallow-4bit",
+        "qlora-4bit",
+        "heal-4bit",
+        "assistant",
+    }
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fettle.api.completing import complete
 from fettle.api.compressing import EVALUATION_TOKENS, compress
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
@@ -27,9 +28,10 @@ from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.train import TrainMethod
 from fettle.methods.train.curve import CHECKPOINTS, Curve
-from fettle.methods.train.options import SignalFields
+from fettle.methods.train.job import TrainJob
+from fettle.methods.train.named_teachers import teacher_hashes
+from fettle.methods.train.options import BEFORE, SignalFields
 from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
-from fettle.methods.train.training import TrainJob
 from fettle.methods.train.training import train as train_stage
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
@@ -163,7 +165,7 @@ def _identity(chain: Chain, checkpoint: Checkpoint, device: str, generic: bool) 
         "model": checkpoint.file_hashes(),
         "chain": json.loads(json.dumps(told)),
         "texts": hashlib.sha256(json.dumps(sorted(texts.values())).encode()).hexdigest(),
-        "teachers": {name: Checkpoint.open(resolve(name)).file_hashes() for name in _teachers(chain)},
+        "teachers": {name: teacher_hashes(name) for name in _teachers(chain)},
         "tokenizer": tokenizer_hashes(checkpoint.folder),
         "generic": generic,
         "device": torch.device(device).type,
@@ -174,7 +176,8 @@ def _identity(chain: Chain, checkpoint: Checkpoint, device: str, generic: bool) 
 def _teachers(chain: Chain) -> list[str]:
     """The models that stages learn from, beside the chain's own."""
     methods = [stage.method for stage in chain.stages if stage.method is not None]
-    return sorted({name for method in methods if isinstance(method, SignalFields) for name in method.teachers()})
+    named = {name for method in methods if isinstance(method, SignalFields) for name in method.teachers()}
+    return sorted(named - {BEFORE})
 
 
 def _begin(stages: Path, output: Path, identity: dict[str, Any], *, fresh: bool) -> None:
@@ -220,6 +223,7 @@ def _run_stage(
         line |= {"curve": curve.to_json(), "seconds": curve.seconds}
     elif is_main_process():
         _compress(stage, source, target, how, progress)
+    line["student"] = _student(target)
     line.setdefault("seconds", round(time.monotonic() - started, 3))
     if is_main_process():
         write_json(done, line)
@@ -227,6 +231,13 @@ def _run_stage(
     process_group(device)
     wait_for_all()  # the next stage reads what the first process wrote
     return line
+
+
+def _student(target: Path) -> dict[str, Any] | None:
+    """Of which blocks the student of a stage was made; None where it was not."""
+    marker = target / MARKER
+    found = json.loads(marker.read_text(encoding="utf-8")).get("student") if marker.is_file() else None
+    return dict(found) if found else None
 
 
 def _stage_name(chain: Chain, number: int) -> str:
@@ -239,7 +250,7 @@ def _train(
 ) -> Curve:  # fmt: skip
     job = TrainJob(
         model=source, original=original, output=target, folder=folder, base_name=display_name(source), device=device,
-        generic=generic, progress=progress,
+        generic=generic, progress=progress, complete=complete,
     )  # fmt: skip
     return train_stage(method, job)
 

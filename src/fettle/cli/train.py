@@ -101,6 +101,14 @@ def _print(made: api.Training) -> None:
         )
         if curve is not None and curve["stopped"]:
             told += f"; stopped: {curve['stopped']}"
+        student = line.get("student")
+        if student:
+            why = f", {student['map']} " + " ".join(f"{score:.4f}" for score in student["scores"])
+            out.print(
+                f"{line['name']}: blocks {', '.join(map(str, student['kept']))} of {student['blocks']}"
+                f"{why if student['scores'] else ', ' + student['map']}",
+                markup=False,
+            )
         out.print(f"{line['name']}: {duration(line['seconds'])}{told}", markup=False)
     if summary["evaluation"] is not None:
         show(out, quality_table(summary))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fettle.methods.train.curve import Curve
-from fettle.methods.train.training import TrainJob, TrainMethod, train
+from fettle.methods.train.job import TrainJob, TrainMethod
+from fettle.methods.train.training import train
 
 SMALL: dict[str, Any] = {
     "steps": 4, "windows": 8, "length": 32, "batch_windows": 4, "look_every": 2, "checkpoint_every": 1000,

@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fettle
+from fettle.data.windows import calibration_windows
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
-from fettle.methods.train import Adapter
+from fettle.methods.train import Adapter, Distill
 from fettle.methods.train.adapters import PackedBase, adaptable_, load_adapters, merge_adapter, wrapped
 from fettle.methods.train.curve import Curve
-from fettle.methods.train.training import TrainJob, train
+from fettle.methods.train.job import TrainJob
+from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
+from fettle.methods.train.options import LoopFields
+from fettle.methods.train.text_mix import learning_part
+from fettle.methods.train.training import train
 from fettle.models.loading import load
 
 from .conftest import SMALL
@@ -178,3 +184,38 @@ def test_an_adapter_on_a_dense_base_learns_as_well(tiny_llama: Path, trained: Tr
     assert curve.best is not None
     assert curve.best[1] < curve.held_back[0][1]
     assert digests(tiny_llama) == before
+
+
+def test_eva_begins_along_the_inputs_and_as_the_base(
+    packed: dict[int, Path], tiny_llama: Path, text_file: Path, trained: Trained
+) -> None:
+    """A spans the main directions of a linear's inputs, by a decomposition of the test's own; B is zero."""
+    output, curve = trained(Adapter, packed[4], tiny_llama, start="eva", rank=4, **{**HOW, "learning_rate": 0.0})
+    assert curve.held_back[0][1] == pytest.approx(curve.held_back[-1][1], abs=1e-6)
+    stored = load_file(output / "adapter_model.safetensors")
+    key = next(name for name in stored if "layers.0" in name and "q_proj.lora_A" in name)
+    assert not stored[key.replace("lora_A", "lora_B")].any()
+    loaded, seen = load(packed[4]), []
+    path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    loaded.model.get_submodule(path).register_forward_hook(lambda _, read, __: seen.append(read[0][0]))
+    part = learning_part(LoopFields(text=str(text_file)))
+    for ids in calibration_windows(loaded.tokenizer, part, windows=32, length=SMALL["length"], seed=0).ids:
+        with torch.no_grad():
+            loaded.model(input_ids=ids.unsqueeze(0))
+    inputs = torch.cat(seen)
+    directions = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)[2][:4]
+    ours = torch.linalg.qr(stored[key].float().T)[0].T
+    assert torch.linalg.svdvals(directions @ ours.T)[:3].min() > 0.9  # incremental, and the last two are near
+
+
+def test_an_adapted_model_teaches_its_base(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:
+    """Adapter distillation: what the adapter learned is the teacher, so the two start apart and come nearer."""
+    adapter, _ = trained(Adapter, tiny_llama, **{**HOW, "steps": 6}, rank=4)
+    teacher = f"{tiny_llama}+{adapter}"
+    _, curve = trained(Distill, tiny_llama, teacher=teacher, steps=8, learning_rate=3e-3)
+    assert curve.held_back[0][1] > 1e-3
+    assert min(loss for _, loss in curve.held_back) < 0.8 * curve.held_back[0][1]
+    plain, adapted = teacher_hashes(str(tiny_llama)), teacher_hashes(teacher)
+    assert adapted.items() > plain.items()
+    with pytest.raises(CheckpointError, match="is no adapter"):
+        load_teacher(f"{tiny_llama}+{tmp_path}", device="cpu", generic=False)

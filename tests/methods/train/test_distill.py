@@ -12,6 +12,7 @@ import torch
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.methods.train import Distill
 from fettle.methods.train.curve import Curve
+from fettle.methods.train.layer_maps import layer_map
 from fettle.methods.train.students import write_student
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
@@ -33,8 +34,8 @@ def test_a_student_computes_with_the_teachers_kept_blocks(family: str, tmp_path:
     write_model(family, tmp_path / "teacher")
     checkpoint = Checkpoint.open(tmp_path / "teacher")
     anatomy = read_anatomy(checkpoint)
-    kept = write_student(checkpoint, anatomy, 1, "uniform", tmp_path / "student")
-    assert kept == [len(anatomy.blocks) - 1]
+    kept = layer_map("uniform", 1, len(anatomy.blocks))
+    write_student(checkpoint, anatomy, kept, tmp_path / "student")
     student, teacher = load(tmp_path / "student"), load(tmp_path / "teacher")
     name = anatomy.blocks[0].name.rpartition(".")[0]
     blocks = teacher.model.get_submodule(name)
@@ -56,7 +57,7 @@ def test_blocks_that_know_their_number_are_not_moved(tmp_path: Path) -> None:
     write_model("gpt2", tmp_path / "teacher")  # with scale_attn_by_inverse_layer_idx
     checkpoint = Checkpoint.open(tmp_path / "teacher")
     with pytest.raises(RecipeError, match="another function; allowed: the first blocks alone"):
-        write_student(checkpoint, read_anatomy(checkpoint), 1, "uniform", tmp_path / "student")
+        write_student(checkpoint, read_anatomy(checkpoint), [1], tmp_path / "student")
 
 
 def test_a_student_learns_from_its_teacher_and_is_written_whole(tiny_llama: Path, trained: Trained) -> None:
@@ -157,3 +158,12 @@ def test_a_family_without_values_of_their_own_refuses_their_relations(tmp_path: 
     loaded = load(tmp_path / "gpt2")
     with pytest.raises(RecipeError, match="no linear for the values alone; set values: 0"):
         Observed(loaded.model, loaded.model, loaded.anatomy, ("values",))
+
+
+def test_what_a_stage_reads_may_be_its_teacher(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:
+    """An assistant: the student is made of it and compared with it, so it starts without any loss."""
+    other = tmp_path / "other"
+    write_model("llama", other)
+    output, curve = trained(Distill, tiny_llama, original=other, teacher="before", steps=1)
+    assert curve.losses[0] == pytest.approx(0.0, abs=1e-5)
+    assert (output / "fettle.json").is_file()

@@ -15,9 +15,10 @@ import torch
 from fettle.errors import NonFiniteError, RecipeError
 from fettle.methods.train import Distill
 from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
+from fettle.methods.train.job import TrainJob
 from fettle.methods.train.loop import Objective, run, take_
 from fettle.methods.train.text_mix import TrainingText
-from fettle.methods.train.training import TrainJob, train
+from fettle.methods.train.training import train
 from fettle.progress import Silent
 
 HOW: dict[str, Any] = {
@@ -28,7 +29,8 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from fettle.methods.train import Distill, curve
-from fettle.methods.train.training import TrainJob, train
+from fettle.methods.train.job import TrainJob
+from fettle.methods.train.training import train
 
 model, text, output, killed = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 write_json = curve.write_json

@@ -19,6 +19,7 @@ from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import load
 from fettle.models.storage import read_quantized, stored_schemes
+from fettle.pipeline.recipe import parse_recipe
 
 from ...parity.tiny_models import write_model
 
@@ -113,3 +114,25 @@ def test_plain_transformers_reads_what_was_trained(tiny_llama: Path, trained: Tr
     theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(ours(IDS).logits, theirs(IDS).logits, atol=1e-4)
+
+
+def test_coded_embedding_and_head_stay_the_codes_that_they_were(
+    tiny_llama: Path, tmp_path: Path, trained: Trained
+) -> None:
+    """Nothing of them learns: their tensors pass through as they lie in the base, and the folder stays small."""
+    base = tmp_path / "base"
+    steps = [
+        {"method": "round_to_nearest", "bits": 2, "group_size": 32},
+        {"method": "round_to_nearest", "bits": 8, "group_size": 32, "where": {"role": ["embedding", "head"]}},
+    ]
+    fettle.compress(tiny_llama, base, parse_recipe({"name": "coded", "steps": steps}, "test"), evaluate=False)
+    output, _ = trained(Qat, base, tiny_llama, keep="last")
+    before, after = Checkpoint.open(base), Checkpoint.open(output)
+    assert after.entries.keys() == before.entries.keys()
+    outside = [name for name in before.entries if "layers." not in name]
+    assert any("embed_tokens.weight_" in name for name in outside)
+    assert any("lm_head.weight_" in name for name in outside)
+    for name in outside:
+        assert torch.equal(after.read(name), before.read(name))
+    assert any(not torch.equal(after.read(name), before.read(name)) for name in before.entries if "layers." in name)
+    assert torch.isfinite(load(output).model(IDS).logits).all()

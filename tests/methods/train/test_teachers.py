@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fettle.data.tokenizer import load_tokenizer
 from fettle.errors import UsageError
-from fettle.methods.train import signals, teachers
+from fettle.methods.train import teachers
 from fettle.methods.train.outputs import Outputs
 from fettle.progress import Silent
 
@@ -25,7 +25,7 @@ class Table:
         self.table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
         self.asked = 0
 
-    def __call__(self, input_ids: Tensor) -> Outputs:
+    def __call__(self, input_ids: Tensor, window: Tensor | None = None) -> Outputs:
         self.asked += len(input_ids)
         return Outputs(logits=self.table[input_ids])
 
@@ -88,17 +88,6 @@ def test_another_teacher_or_temperature_is_refused(tmp_path: Path) -> None:
         keep(Table(), tmp_path, identity={"teacher": "other"})
     with pytest.raises(UsageError, match="another teacher, text or temperature"):
         keep(Table(), tmp_path, temperature=1.0)
-
-
-def test_several_teachers_are_the_weighted_mean_of_their_probabilities() -> None:
-    one, two, ids = Table(1), Table(2), windows(3)
-    together = teachers.Several([one, two], [0.75, 0.25], temperature=2.0)(ids).logits
-    parts = [torch.softmax(t.table[ids] / 2.0, -1) for t in (one, two)]
-    assert torch.allclose(torch.softmax(together / 2.0, -1), 0.75 * parts[0] + 0.25 * parts[1], atol=1e-6)
-    student = torch.randn(3, 6, VOCAB)
-    mean = 0.75 * parts[0] + 0.25 * parts[1]
-    plain = (mean * (mean.log() - torch.log_softmax(student / 2.0, -1))).sum(-1).mean() * 4
-    assert float(signals.soft_labels(student, together, 2.0, "forward")) == pytest.approx(float(plain), rel=1e-4)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(tiny_llama: Path) -> None:

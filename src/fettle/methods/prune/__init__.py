@@ -1,6 +1,6 @@
 """Methods that choose what goes: masks, with the shapes left as they are. One import line registers a method.
 
-Movement scores, which watch weights while they train, belong to training and are not here.
+Movement scores and regrowth, which watch weights while they train, are training's (`methods/train/masks.py`).
 """
 
 from __future__ import annotations

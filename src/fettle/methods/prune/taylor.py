@@ -7,7 +7,7 @@ Molchanov, Tyree, Karras, Aila, Kautz 2017, https://arxiv.org/abs/1611.06440, eq
 The gradient is the one thing here that looks beyond the linear: forward and backward through the whole original, on
 labels that the model draws itself (so that at a trained model's optimum, where gradients for the text's own labels
 average out, what is left is how sharply the predictions depend on a weight). The mean is of absolute values, since the
-pieces' signs would cancel. Movement scores, which follow weights while they train, belong to training.
+pieces' signs would cancel. Movement scores, which follow weights while they train, are training's.
 
 Cost: one forward and one backward pass of the original on at most 4,096 tokens of calibration text; out · in.
 """

@@ -6,6 +6,7 @@
     ia3      keys, values and MLP inputs times a vector     Liu et al. 2022, https://arxiv.org/abs/2205.05638
     prompt   virtual tokens in front                    Lester et al. 2021, https://arxiv.org/abs/2104.08691
     prefix   virtual keys and values in every block     Li & Liang 2021, https://arxiv.org/abs/2101.00190
+    bottleneck   two small layers behind each sublayer  Houlsby et al. 2019; fettle's own, see bottleneck.py
 
 The base may be in full precision or stored as codes in any of fettle's schemes (QLoRA, Dettmers et al. 2023,
 https://arxiv.org/abs/2305.14314): the codes stay packed, and gradients pass through their product. What is written is
@@ -13,7 +14,9 @@ PEFT's own format; with `merge` it is instead a dense model, base and adapter as
 quantize again (what that costs is measured on its files, like everything).
 
 On a base of codes `start: residual` begins with what the codes lost of the original, at rank r, by one singular value
-decomposition (LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659, with one of its rounds) in place of zero.
+decomposition (LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659, with one of its rounds) in place of zero. With
+`start: eva` A begins as the main directions of each linear's inputs on the training text and B at zero (EVA, Paischer
+et al. 2024, https://arxiv.org/abs/2410.07170, by PEFT, the rank left as it is everywhere).
 
 Cost: the base once, as stored; of the adapter values, gradients and two moments.
 """
@@ -29,11 +32,17 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fettle.data.windows import calibration_windows
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
+from fettle.methods.train.bottleneck import BottleneckModel, is_bottleneck, load_bottlenecks, write_bottleneck
+from fettle.methods.train.curve import checkpoints
+from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.sources.fields import DataFields
+from fettle.methods.train.sources.on_policy import resting
+from fettle.methods.train.text_mix import learning_part
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint, file_sha256
@@ -43,31 +52,33 @@ from fettle.models.source import resolve
 from fettle.models.storage import read_weight
 from fettle.models.writer import write_json
 
-Kind = Literal["lora", "rslora", "dora", "ia3", "prompt", "prefix"]
+Kind = Literal["lora", "rslora", "dora", "ia3", "prompt", "prefix", "bottleneck"]
 VIRTUAL = ("prompt", "prefix")
 ROLES = {
     "attention": ("query", "key", "value", "query_key_value", "output"),
     "mlp": ("gate", "up", "down", "gate_up"),
 }
 RECORD = "fettle_adapter.json"
+EVA_WINDOWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(LoopFields, SignalFields):
-    """A few new parameters beside an untouched base: LoRA and its kin, IA3, prompt and prefix tuning."""
+class Adapter(LoopFields, SignalFields, DataFields):
+    """A few new parameters beside an untouched base: LoRA and its kin, IA3, prompts, prefixes, bottlenecks."""
 
     name: ClassVar[str] = "adapter"
     title: ClassVar[str] = "Adapters (PEFT)"
     source: ClassVar[str] = "LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; the other kinds' in adapters.py"
 
     kind: Kind = field(default="lora", metadata={"help": "which adapter"})
-    rank: int = field(default=8, metadata={"help": "of LoRA's matrices", "minimum": 1})
+    rank: int = field(default=8, metadata={"help": "of LoRA's matrices; width of a bottleneck", "minimum": 1})
     alpha: float = field(default=16.0, metadata={"help": "LoRA's α", "minimum": 0.0})
     dropout: float = field(default=0.0, metadata={"help": "of LoRA's inputs", "minimum": 0.0, "maximum": 0.99})
     virtual_tokens: int = field(default=16, metadata={"help": "of a prompt or prefix", "minimum": 1})
     targets: Literal["attention", "mlp", "all"] = field(default="all", metadata={"help": "which linears get one"})
-    start: Literal["zero", "residual"] = field(
-        default="zero", metadata={"help": "begin with nothing, or with what the base's codes lost (LoftQ)"}
+    start: Literal["zero", "residual", "eva"] = field(
+        default="zero",
+        metadata={"help": "begin with nothing, with what the base's codes lost (LoftQ), or along the inputs (EVA)"},
     )
     merge: bool = field(default=False, metadata={"help": "write base and adapter as one dense model"})
     hard: float = field(default=1.0, metadata={"help": "weight of the text's own next token", "minimum": 0.0})
@@ -80,24 +91,31 @@ class Adapter(LoopFields, SignalFields):
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
-        if self.kind in VIRTUAL and self.merge:
+        self.check_data(self, self)
+        if self.kind in (*VIRTUAL, "bottleneck") and self.merge:
             raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora, rslora, dora, ia3")
+        if self.kind in VIRTUAL and self.on_policy:
+            raise RecipeError(f"on_policy writes with the tree, where a {self.kind} has no place; use lora")
         if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:
             raise RecipeError(
                 f"with {self.kind} the states of virtual tokens stand among the others; use hard and soft"
             )
-        if self.start == "residual" and self.kind not in ("lora", "rslora"):
-            raise RecipeError(f"start=residual is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")
+        if self.start != "zero" and self.kind not in ("lora", "rslora"):
+            raise RecipeError(f"start={self.start} is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")
 
     def learner(self, job: TrainJob) -> Learner:
         """The base with a fresh adapter, which alone learns."""
-        peft = require_peft()
         loaded = load(job.model, device=job.device, generic=job.generic)
-        adaptable_(loaded.model)
         torch.manual_seed(self.seed)
+        if self.kind == "bottleneck":
+            return self._bottleneck(loaded, job)
+        peft = require_peft()
+        adaptable_(loaded.model)
         model = wrapped(loaded.model, self._config(peft, loaded))
         if self.start == "residual":
             _start_with_residual_(model, loaded, job)
+        if self.start == "eva" and not checkpoints(job.folder):  # a checkpoint holds what it led to
+            _start_with_inputs_(model, loaded, self)
 
         def write(record: dict[str, Any]) -> None:
             if self.merge:
@@ -105,6 +123,16 @@ class Adapter(LoopFields, SignalFields):
                 merge_adapter(job.model, job.folder / "adapter", job.output, generic=job.generic, record=record)
             else:
                 _write_adapter(model, loaded.folder, job.output, record)
+
+        return Learner(loaded=loaded, model=model, write=write)
+
+    def _bottleneck(self, loaded: LoadedModel, job: TrainJob) -> Learner:
+        model = BottleneckModel(loaded)
+        model.add("default", self.rank)
+
+        def write(record: dict[str, Any]) -> None:
+            write_bottleneck(model, "default", self.rank, job.output)
+            _write_record(model, loaded.folder, job.output, record)
 
         return Learner(loaded=loaded, model=model, write=write)
 
@@ -117,8 +145,9 @@ class Adapter(LoopFields, SignalFields):
             after = [_path(x) for x in _targets(loaded, ("down",))]
             return peft.IA3Config(task_type="CAUSAL_LM", target_modules=scaled, feedforward_modules=after)
         roles = tuple(role for name, group in ROLES.items() if self.targets in (name, "all") for role in group)
+        eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if self.start == "eva" else {}
         return peft.LoraConfig(
-            task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
+            **eva, task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
             use_rslora=self.kind == "rslora", use_dora=self.kind == "dora",
             target_modules=[_path(x) for x in _targets(loaded, roles)],
         )  # fmt: skip
@@ -175,16 +204,22 @@ def load_adapters(loaded: LoadedModel, adapters: Mapping[str, str | Path]) -> An
     """One base with several adapters by name, as a PEFT model; the first is active, `set_adapter(name)` chooses.
 
     Raises:
-        UsageError: no adapter is given, PEFT is not installed.
+        UsageError: no adapter is given, PEFT is not installed, bottlenecks beside PEFT's.
         CheckpointError: a folder is no adapter, or belongs to another base.
     """
-    peft = require_peft()
     if not adapters:
         raise UsageError("no adapter is given; give at least one, as a name and its folder")
+    for folder in adapters.values():
+        check_adapter(Path(folder), loaded.folder)
+    own = [is_bottleneck(Path(folder)) for folder in adapters.values()]
+    if all(own):
+        return load_bottlenecks(loaded, {name: Path(folder) for name, folder in adapters.items()})
+    if any(own):
+        raise UsageError("bottleneck adapters and PEFT's cannot stand on one base together; load one kind")
+    peft = require_peft()
     adaptable_(loaded.model)
     model: Any = None
     for name, folder in adapters.items():
-        check_adapter(Path(folder), loaded.folder)
         with _no_warnings():
             if model is None:
                 model = peft.PeftModel.from_pretrained(loaded.model, str(folder), adapter_name=name)
@@ -229,6 +264,10 @@ def _write_adapter(model: Any, base: Path, folder: Path, record: Mapping[str, An
         config.base_model_name_or_path = None  # the path of this machine is nobody else's
     with _no_warnings():
         model.save_pretrained(str(folder), save_embedding_layers=False)
+    _write_record(model, base, folder, record)
+
+
+def _write_record(model: nn.Module, base: Path, folder: Path, record: Mapping[str, Any]) -> None:
     weights = folder / "adapter_model.safetensors"
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     told = {**record, "base_files": Checkpoint.open(base).file_hashes(), "parameters": counted}
@@ -276,6 +315,19 @@ def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> Non
         with torch.no_grad():
             first[:rank] = root.unsqueeze(1) * right[:rank]
             second[:, :rank] = left[:, :rank] * root
+
+
+def _start_with_inputs_(model: Any, loaded: LoadedModel, fields: LoopFields) -> None:
+    """A from the main directions of the inputs on some windows of the training text, by PEFT."""
+    from peft import initialize_lora_eva_weights
+
+    drawn = calibration_windows(
+        loaded.tokenizer, learning_part(fields), windows=EVA_WINDOWS, length=fields.length, seed=fields.seed
+    )
+    device = next(model.parameters()).device
+    batches = [{"input_ids": ids.unsqueeze(0).to(device)} for ids in drawn.ids]
+    with _no_warnings(), resting(model):
+        initialize_lora_eva_weights(model, batches, show_progress_bar=False)
 
 
 def _no_warnings() -> Any:

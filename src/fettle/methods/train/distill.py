@@ -12,27 +12,32 @@ Cost: a student's training step and a teacher's forward pass; with `teacher_top_
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
+from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.layer_maps import LayerMap
+from fettle.methods.train.layer_search import choose_blocks
 from fettle.methods.train.options import LoopFields, SignalFields
+from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.students import write_student
-from fettle.methods.train.training import Learner, TrainJob
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import load
 from fettle.models.source import resolve
 from fettle.models.storage import stored_schemes
+from fettle.models.writer import write_json
 from fettle.tensors.masked import MaskedScheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(LoopFields, SignalFields):
+class Distill(LoopFields, SignalFields, DataFields):
     """All weights, the blocks' or the norms' learn from a teacher; heals what compression broke."""
 
     name: ClassVar[str] = "distill"
@@ -45,13 +50,16 @@ class Distill(LoopFields, SignalFields):
     layers: int | None = field(
         default=None, metadata={"help": "make the student first, of so many of the model's own blocks", "minimum": 1}
     )
-    student_map: LayerMap = field(default="uniform", metadata={"help": "which of its blocks the student keeps"})
+    student_map: LayerMap = field(
+        default="uniform", metadata={"help": "which of its blocks the student keeps; influence and loss are measured"}
+    )
     keep_zeros: bool = field(default=False, metadata={"help": "weights that are zero stay zero (a pruned model)"})
 
     def validate(self) -> None:
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
+        self.check_data(self, self)
 
     def learner(self, job: TrainJob) -> Learner:
         """The dense student."""
@@ -69,10 +77,10 @@ class Distill(LoopFields, SignalFields):
                 f"{job.model} is stored as codes, which distill would have to forget; use qat to train the codes, or "
                 "adapter for a correction beside them"
             )
+        made: dict[str, Any] = {}
         if self.layers is not None:
             folder = job.folder / "student"
-            if not (folder / "config.json").is_file():
-                write_student(checkpoint, anatomy, self.layers, self.student_map, folder)
+            made = self._student(checkpoint, anatomy, folder, job)
             checkpoint = Checkpoint.open(folder)
         loaded = load(folder, device=job.device, generic=job.generic, dense=masked)
         mark_(loaded.model, loaded.anatomy, self.trains)
@@ -80,10 +88,22 @@ class Distill(LoopFields, SignalFields):
             hold_zeros_(loaded.model)
 
         def write(record: dict[str, Any]) -> None:
-            shape = {"reshaped": True} if self.layers is not None else {}
+            shape = {"reshaped": True, "student": made} if self.layers is not None else {}
             write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, {**record, **shape})
 
         return Learner(loaded=loaded, model=loaded.model, write=write)
+
+    def _student(self, checkpoint: Checkpoint, anatomy: Anatomy, folder: Path, job: TrainJob) -> dict[str, Any]:
+        """Makes the student, unless it is made; says of which blocks."""
+        told = folder.with_suffix(".json")
+        if not told.is_file():
+            assert self.layers is not None
+            if stored_schemes(checkpoint, anatomy):
+                raise UsageError(f"{job.model} is compressed; a student is made of the blocks of the original model")
+            chosen = choose_blocks(self.student_map, self.layers, checkpoint, anatomy, self, job.device)
+            write_student(checkpoint, anatomy, chosen.kept, folder)
+            write_json(told, chosen.to_json())
+        return dict(json.loads(told.read_text(encoding="utf-8")))
 
 
 def mark_(tree: nn.Module, anatomy: Anatomy, trains: str) -> None:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train import signals
-from fettle.methods.train.layer_maps import layer_map
 from fettle.methods.train.loop import Objective
 from fettle.methods.train.options import SignalFields
 from fettle.methods.train.outputs import Observed, Outputs
+from fettle.methods.train.sources.mix import MADE
+from fettle.methods.train.sources.on_policy import resting
 from fettle.methods.train.teachers import KeptAnswers, Teacher
-
-MOST_RELATION_HEADS = 12
 
 
 class Distillation(Objective):
@@ -27,14 +26,15 @@ class Distillation(Objective):
 
     def __init__(
         self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None,
-        answers: KeptAnswers | None = None, teacher_depth: int | None = None,
+        answers: KeptAnswers | None = None, layers: list[int] | None = None,
     ) -> None:  # fmt: skip
+        """`layers`: for each of the student's, the teacher's that it looks at, where a signal goes by layer."""
         super().__init__()
         self.student = student.model
         self.fields = fields
         self._observed = (student,)  # in a tuple: neither it nor the teacher is a part that learns or is saved
         self._teacher, self._answers = (teacher,), answers
-        self._layers = layer_map(fields.layer_map, student.depth, teacher_depth) if teacher_depth is not None else []
+        self._layers = layers or []
         self.projections = nn.ParameterList()
         self._relation_heads = 1
 
@@ -62,17 +62,14 @@ class Distillation(Objective):
                 if width != wanted:
                     self.projections.append(nn.Parameter(torch.eye(wanted, width)))
         if ours.values is not None and theirs.values is not None:
-            widths = ours.values.shape[-1], theirs.values.shape[-1]
-            self._relation_heads = max(
-                n for n in range(1, MOST_RELATION_HEADS + 1) if not widths[0] % n and not widths[1] % n
-            )
+            self._relation_heads = signals.shared_heads(ours.values.shape[-1], theirs.values.shape[-1])
 
     def forward(self, window: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
         """The weighted sum of the signals."""
         ours = self._observed[0](input_ids)
         weights = self.fields.weights()
         teacher = self._teacher[0]
-        theirs = teacher(input_ids) if teacher is not None and self._answers is None else None
+        theirs = teacher(input_ids, window) if teacher is not None and self._answers is None else None
         total = ours.logits.new_zeros((), dtype=torch.float32)
         for name, weight in weights.items():
             total = total + weight * self._signal(name, ours, theirs, window, input_ids)
@@ -81,7 +78,12 @@ class Distillation(Objective):
     def _signal(self, name: str, ours: Outputs, theirs: Outputs | None, window: Tensor, input_ids: Tensor) -> Tensor:
         fields, predicted = self.fields, ours.logits[:, :-1]
         if name == "hard":
-            return signals.cross_entropy(predicted, input_ids[:, 1:])
+            of_text = window != MADE  # nobody learns its own mistakes as if they were text
+            return (
+                signals.cross_entropy(predicted[of_text], input_ids[of_text, 1:])
+                if of_text.any()
+                else 0 * predicted.sum()
+            )
         if self._answers is not None:
             kept, place = self._answers, window.cpu()
             parts = (part[place].to(predicted.device) for part in (kept.indices, kept.kept, kept.rest))
@@ -102,6 +104,22 @@ class Distillation(Objective):
             assert ours.values is not None and theirs.values is not None
             return signals.value_relations_error(ours.values, theirs.values, self._relation_heads)
         return self._by_layer(name, ours, theirs)
+
+    @torch.no_grad()
+    def gap(self, window: Tensor, input_ids: Tensor) -> Tensor:
+        """How far the two models' predictions are apart on each window, [batch], by the divergence of the soft labels.
+
+        Args:
+            window: int64 [batch].
+            input_ids: int64 [batch, length].
+        """
+        device = next(self.parameters()).device
+        with resting(self):
+            found = []
+            for one, ids in zip(window.unsqueeze(1), input_ids.to(device).unsqueeze(1), strict=True):
+                theirs = None if self._answers is not None or self._teacher[0] is None else self._teacher[0](ids, one)
+                found.append(self._signal("soft", self._observed[0](ids), theirs, one, ids))
+        return torch.stack(found).cpu()
 
     def _by_layer(self, name: str, ours: Outputs, theirs: Outputs) -> Tensor:
         """Features or attention maps, mean over the student's layers."""

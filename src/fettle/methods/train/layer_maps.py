@@ -4,7 +4,8 @@
     last      the teacher's last ones                        6 → 3:  3 4 5
     skip      the first half of the depth from the start, the second from the end   6 → 3:  0 1 5
 
-The same maps say which blocks a student made of the teacher's own keeps (`student.py`).
+The same maps say which blocks a student made of the teacher's own keeps (`students.py`). Two more, influence and loss,
+follow from measurements (`layer_search.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Literal
 
 from fettle.errors import RecipeError
 
-LayerMap = Literal["uniform", "last", "skip"]
+LayerMap = Literal["uniform", "last", "skip", "influence", "loss"]
+SEARCHED = ("influence", "loss")
 
 
 def layer_map(name: LayerMap, student: int, teacher: int) -> list[int]:
-    """For each of the student's layers, in order, the index of the teacher's.
+    """For each of the student's layers, in order, the index of the teacher's, by a map that needs no measurement.
 
     Raises:
         RecipeError: the student is deeper than the teacher, or has no layer.

@@ -4,8 +4,8 @@ A method gives an objective, a module that turns windows into one loss and knows
 loop gives steps. Gradient accumulation, mixed precision, the schedule, data-parallel training under `torchrun` or
 `accelerate launch`, checkpoints and resuming are Trainer's and Accelerate's. What is ours stands around it:
 
-- Windows come in the order of a list (`text_mix.py`), not from a sampler, so one process, two processes and a resumed
-  run see the same windows in the same steps.
+- Windows come in the order of a list (`text_mix.py`; what some places get is decided on the way, `sources/mix.py`), not
+  from a sampler, so one process, two processes and a resumed run see the same windows in the same steps.
 - A checkpoint holds only the parameters that learn, as safetensors, beside Trainer's optimizer, schedule and random
   states; it counts once it is marked as whole (`curve.py`). A killed run goes on from the last whole one, and gives the
   same bytes as an undisturbed one on the same number of threads.
@@ -16,7 +16,7 @@ Cost: parameters that learn four times in float32 (values, gradients, two moment
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
+from fettle.methods.train.sources.mix import Mix
 from fettle.methods.train.text_mix import TrainingText
 from fettle.models.writer import write_json, write_shard
 from fettle.progress import Progress, Task
@@ -49,13 +50,29 @@ class Objective(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} is no objective: it has no forward")
 
+    def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
+        """Called before each step; `losses` computes those of its windows, one by one. Nothing, unless overridden."""
+
     def rates(self) -> dict[str, float]:
         """Factors of the learning rate, by the beginning of a parameter's name; 1 for all others."""
         return {}
 
 
+class PlaceList(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The places of a run, in order; which window stands there is looked up when the step has begun."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        return {"place": torch.tensor(place)}
+
+
 class WindowList(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The windows of a run, in order."""
+    """The windows that are held back, in order."""
 
     def __init__(self, ids: Tensor, order: Tensor) -> None:
         self._ids, self._order = ids, order
@@ -73,6 +90,11 @@ class _InOrder:
 
     model: nn.Module
     args: Any
+    mix: Mix
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> Any:
+        found = self.mix.take(inputs["place"]) if "place" in inputs else inputs
+        return super()._prepare_inputs(found)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[attr-defined]
@@ -88,7 +110,10 @@ class _InOrder:
         take_(self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
 
-def run(objective: Objective, text: TrainingText, fields: LoopFields, folder: Path, progress: Progress) -> Curve:
+def run(
+    objective: Objective, text: TrainingText, fields: LoopFields, folder: Path, progress: Progress,
+    mix: Mix | None = None,
+) -> Curve:  # fmt: skip
     """Trains `objective` in place and leaves it with the weights that `fields.keep` names; resumes in `folder`.
 
     Args:
@@ -97,6 +122,7 @@ def run(objective: Objective, text: TrainingText, fields: LoopFields, folder: Pa
         fields: how long, how fast.
         folder: for checkpoints and the curve; of this run alone.
         progress: told of every step.
+        mix: which window stands in which place; None for shuffled passes over `text`.
 
     Raises:
         NonFiniteError: a loss that is NaN or infinite.
@@ -105,15 +131,16 @@ def run(objective: Objective, text: TrainingText, fields: LoopFields, folder: Pa
     if not trainable(objective):
         raise RecipeError("no parameter of the model learns with these options; name others to train")
     steps = fields.planned_steps
+    mix = mix or Mix(text, text.order(steps, fields.batch_windows, fields.seed), fields)
     folder.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         drop_torn(folder)
     found = checkpoints(folder)
     with progress.task("training", steps) as task, _quiet():
-        recorder = _recorder(objective, fields, folder, task)
+        recorder = _recorder(objective, fields, folder, task, mix)
         if found:
             recorder.resume(found[-1])
-        trainer = _trainer(objective, text, fields, folder, recorder)
+        trainer = _trainer(objective, mix, fields, folder, recorder)
         done = bool(recorder.curve.stopped) or len(recorder.curve.losses) >= steps
         if found and done:
             take_(objective, found[-1] / WEIGHTS)
@@ -141,31 +168,44 @@ def take_(module: nn.Module, path: Path) -> None:
             learned[name].copy_(value)
 
 
-def _recorder(objective: Objective, fields: LoopFields, folder: Path, task: Task) -> Recorder:
+def _recorder(objective: Objective, fields: LoopFields, folder: Path, task: Task, mix: Mix) -> Recorder:
     from transformers import TrainerCallback
 
     class RecorderCallback(Recorder, TrainerCallback):  # type: ignore[misc]
-        """The recorder, with all other events left alone."""
+        """The recorder, with all other events left alone but the beginning of a step, which the mix waits for."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            mix.begin(state.global_step)
+            objective.begin(state.global_step, lambda: _losses(objective, mix, state.global_step, fields))
 
     return RecorderCallback(objective, fields, folder, task)
 
 
-def _trainer(objective: Objective, text: TrainingText, fields: LoopFields, folder: Path, recorder: Recorder) -> Any:
+def _losses(objective: Objective, mix: Mix, step: int, fields: LoopFields) -> Iterator[Tensor]:
+    """The losses of the windows of one step, one by one, whatever the number of processes."""
+    device = next(objective.parameters()).device
+    for place in range(step * fields.batch_windows, (step + 1) * fields.batch_windows):
+        inputs = {key: value.to(device) for key, value in mix.take(torch.tensor([place])).items()}
+        yield objective(**inputs)["loss"]
+
+
+def _trainer(objective: Objective, mix: Mix, fields: LoopFields, folder: Path, recorder: Recorder) -> Any:
     from transformers import Trainer
 
     class InOrderTrainer(_InOrder, Trainer):  # type: ignore[misc]
         """Trainer over a list of windows."""
 
-    steps = fields.planned_steps
+    steps, text = fields.planned_steps, mix.text
     trainer = InOrderTrainer(
         model=objective,
         args=_arguments(objective, fields, folder, steps, looks=len(text.held_back) > 0),
-        train_dataset=WindowList(text.ids, text.order(steps, fields.batch_windows, fields.seed)),
+        train_dataset=PlaceList(len(mix)),
         eval_dataset=WindowList(text.ids, text.held_back) if len(text.held_back) else None,
         data_collator=_collate,
         callbacks=[recorder],
         optimizers=(_optimizer(objective, fields), None),
     )
+    trainer.mix = mix
     for printer in ("PrinterCallback", "ProgressCallback"):
         trainer.callback_handler.callbacks = [
             callback for callback in trainer.callback_handler.callbacks if type(callback).__name__ != printer

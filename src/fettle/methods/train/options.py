@@ -10,7 +10,11 @@ from fettle.errors import RecipeError
 from fettle.methods.train.layer_maps import LayerMap
 from fettle.methods.train.signals import Divergence
 
-SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "distances", "values")
+Weighting = Literal["fixed", "loss", "agreement"]
+Scope = Literal["sample", "task"]
+
+BEFORE = "before"  # in place of a teacher's name: the model that the stage starts from, an assistant in a chain
+SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "distances", "values", "sentences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +92,19 @@ class SignalFields:
 
     teacher: str | None = field(
         default=None,
-        metadata={"help": "folder, hub id or demo; several with commas; none for the model that a chain began with"},
+        metadata={
+            "help": "folder, hub id, demo, or base+adapter; several with commas; before: what the stage reads; none: "
+            "what the chain began with"
+        },
     )
     teacher_weights: str | None = field(
         default=None, metadata={"help": "of several teachers' probabilities, with commas; none for alike"}
+    )
+    teacher_weighting: Weighting = field(
+        default="fixed", metadata={"help": "several teachers' weights adapt to their loss, or to their agreement"}
+    )
+    weighting_by: Scope = field(
+        default="sample", metadata={"help": "weights that adapt do so by window, or by the text it was drawn from"}
     )
     teacher_top_k: int | None = field(
         default=None, metadata={"help": "keep so many of the teacher's logits on disk, once a window", "minimum": 1}
@@ -106,8 +119,13 @@ class SignalFields:
     relations: float = field(default=0.0, metadata={"help": "weight of cosines between samples", "minimum": 0.0})
     distances: float = field(default=0.0, metadata={"help": "weight of distances between samples", "minimum": 0.0})
     values: float = field(default=0.0, metadata={"help": "weight of value relations in the last block", "minimum": 0.0})
+    sentences: float = field(
+        default=0.0,
+        metadata={"help": "weight of an encoder's mean vectors; its default beside features", "minimum": 0.0},
+    )
     layer_map: LayerMap = field(
-        default="uniform", metadata={"help": "which of the teacher's layers a student's layer looks at"}
+        default="uniform",
+        metadata={"help": "which of the teacher's layers a student's layer looks at; influence and loss are measured"},
     )
 
     def weights(self) -> dict[str, float]:
@@ -134,6 +152,11 @@ class SignalFields:
         if self.teacher_top_k is not None and live:
             raise RecipeError(
                 f"teacher_top_k keeps probabilities alone, and {', '.join(live)} need the teacher itself; leave one out"
+            )
+        if self.teacher_weighting != "fixed" and count < 2:
+            raise RecipeError(
+                f"teacher_weighting={self.teacher_weighting} weighs several teachers, and teacher names {count}; name "
+                "them with commas, or leave it out"
             )
         if count > 1 and live:
             raise RecipeError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.models.anatomy import Anatomy
+from fettle.models.loading import LoadedModel
 
 RELATION_STRIDE = 16  # every how manieth token's state is a sample of the relations
 
@@ -40,6 +41,25 @@ class Outputs:
         return self.hidden[-1][:, RELATION_STRIDE - 1 :: RELATION_STRIDE].flatten(0, 1)
 
 
+def base_tree(loaded: LoadedModel) -> nn.Module:
+    """The transformers model, below an adapter that may stand around it."""
+    model: Any = loaded.model
+    found: nn.Module = model.get_base_model() if hasattr(model, "peft_config") else getattr(model, "tree", model)
+    return found
+
+
+def value_path(anatomy: Anatomy) -> str:
+    """Where the last block's linear for the values is in the tree.
+
+    Raises:
+        RecipeError: there is none for the values alone.
+    """
+    found = [linear for linear in anatomy.blocks[-1].linears if linear.role == "value"]
+    if len(found) != 1:
+        raise RecipeError(f"values: a {anatomy.family} model has no linear for the values alone; set values: 0")
+    return found[0].slot.parameter.removesuffix(".weight")
+
+
 class Observed:
     """A model that tells what the signals ask for.
 
@@ -58,11 +78,7 @@ class Observed:
         if self._attention:
             tree.set_attn_implementation("eager")  # type: ignore[operator]
         if self._seen:
-            found = [linear for linear in anatomy.blocks[-1].linears if linear.role == "value"]
-            if len(found) != 1:
-                raise RecipeError(f"values: a {anatomy.family} model has no linear for the values alone; set values: 0")
-            path = found[0].slot.parameter.removesuffix(".weight")
-            tree.get_submodule(path).register_forward_hook(lambda _, __, out: self._values.append(out))
+            tree.get_submodule(value_path(anatomy)).register_forward_hook(lambda _, __, out: self._values.append(out))
 
     def __call__(self, input_ids: Tensor) -> Outputs:
         """Runs the model on int64 [batch, tokens]."""

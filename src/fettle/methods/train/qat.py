@@ -23,11 +23,12 @@ from fettle.errors import RecipeError
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.methods.train.fake_quantization import FakeQuantizedLinear, check_scheme, leaning_start
+from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.training import Learner, TrainJob
+from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.writing import write_trained
-from fettle.models.anatomy import read_anatomy
+from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel, load
 from fettle.models.parts import Linear
@@ -35,10 +36,11 @@ from fettle.models.source import resolve
 from fettle.models.storage import StoredScheme, read_quantized, read_weight, stored_schemes
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qat(LoopFields, SignalFields, GridFields):
+class Qat(LoopFields, SignalFields, DataFields, GridFields):
     """Codes and scales of all linears of the blocks, trained against the model before quantization."""
 
     name: ClassVar[str] = "qat"
@@ -60,6 +62,7 @@ class Qat(LoopFields, SignalFields, GridFields):
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
+        self.check_data(self, self)
         GridFields.validate(self)
         check_scheme(self.scheme("float32"), self.rule)
 
@@ -92,7 +95,8 @@ class Qat(LoopFields, SignalFields, GridFields):
         storage = self._storage(stored, checkpoint)
 
         def write(record: dict[str, Any]) -> None:
-            codes = {linear.name: _module(loaded, linear).quantized() for linear in linears}
+            codes: dict[str, CompressedWeight] = {x.name: _module(loaded, x).quantized() for x in linears}
+            codes |= _outside(checkpoint, anatomy, stored)
             write_trained(loaded.model, checkpoint, anatomy, job.output, record, codes=codes, storage=storage)
 
         rates = {name: self.scale_rate for name, _ in loaded.model.named_parameters() if name.endswith(".log_scale")}
@@ -138,6 +142,12 @@ class Qat(LoopFields, SignalFields, GridFields):
             made = FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)
         parent, _, leaf = path.rpartition(".")
         setattr(loaded.model.get_submodule(parent), leaf, made)
+
+
+def _outside(checkpoint: Checkpoint, anatomy: Anatomy, stored: dict[str, StoredScheme]) -> dict[str, CompressedWeight]:
+    """The codes of embedding and head, where the base has some: nothing of them learns, so they are written as read."""
+    linears = [linear for linear in (anatomy.embedding, anatomy.head) if linear is not None and linear.name in stored]
+    return {linear.name: read_quantized(checkpoint, linear, stored[linear.name]) for linear in linears}
 
 
 def _dtype(checkpoint: Checkpoint) -> str:

@@ -12,6 +12,8 @@ Per token, z the logits, p = softmax(z), T a temperature, y the next token, H st
     relations   mean of (S_s - S_t)², S the cosines between samples        Tung & Mori 2019, https://arxiv.org/abs/1907.09682
     distances   smooth L1 of d_s - d_t, d distances over their mean        RKD, Park et al. 2019, https://arxiv.org/abs/1904.05068
     values      KL(softmax(V_t V_tᵀ / √d), softmax(V_s V_sᵀ / √d))         MiniLM, https://arxiv.org/abs/2002.10957
+    sentences   1 - cos(m_s, m_t), m the mean of an encoder's last states over the words    (Sentence-BERT's pooling,
+                https://arxiv.org/abs/1908.10084; taught as in https://arxiv.org/abs/2004.09813, by cosine)
 
 T² keeps the size of the gradient as T grows. Logits are centred, as softmax does not see their mean. Where only the
 largest k of the teacher's logits are kept, the rest of the vocabulary is one more entry with their whole probability:
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MOST_RELATION_HEADS = 12
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 
@@ -133,7 +136,18 @@ def _distances(samples: Tensor) -> Tensor:
     return distances / distances.mean().clamp_min(1e-12)
 
 
-def value_relations_error(student: Tensor, teacher: Tensor, relation_heads: int) -> Tensor:
+def sentence_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of 1 - cosine between sentence vectors [sentences, width], both."""
+    return 1 - functional.cosine_similarity(student.float(), teacher.detach().float(), dim=-1).mean()
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """Means over the words: states [batch, tokens, width], mask bool [batch, tokens] → [batch, width]."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def value_relations_error(student: Tensor, teacher: Tensor, relation_heads: int, mask: Tensor | None = None) -> Tensor:
     """KL between the relations of value vectors, mean over heads and tokens.
 
     Args:
@@ -141,13 +155,26 @@ def value_relations_error(student: Tensor, teacher: Tensor, relation_heads: int)
         teacher: [batch, tokens, teacher width].
         relation_heads: how many parts both are cut into (MiniLMv2): widths and heads need not agree, but it must divide
             both widths.
+        mask: bool [batch, tokens], which are words; None where all are.
     """
-    ours, theirs = _relations(student.float(), relation_heads), _relations(teacher.detach().float(), relation_heads)
-    return _kl(theirs, ours)
+    ours = _relations(student.float(), relation_heads, mask)
+    theirs = _relations(teacher.detach().float(), relation_heads, mask)
+    if mask is None:
+        return _kl(theirs, ours)
+    rows = mask.unsqueeze(1).expand(ours.shape[:-1])  # [batch, heads, tokens]
+    return _kl(theirs[rows], ours[rows])
 
 
-def _relations(values: Tensor, heads: int) -> Tensor:
+def shared_heads(width: int, teacher_width: int) -> int:
+    """The most relation heads, up to 12, that divide both widths."""
+    return max(n for n in range(1, MOST_RELATION_HEADS + 1) if not width % n and not teacher_width % n)
+
+
+def _relations(values: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Log softmax(V Vᵀ / √d) of each part, [batch, heads, tokens, tokens]."""
     batch, tokens, width = values.shape
     parts = values.reshape(batch, tokens, heads, width // heads).transpose(1, 2)
-    return torch.log_softmax(parts @ parts.transpose(-1, -2) / (width // heads) ** 0.5, -1)
+    scores = parts @ parts.transpose(-1, -2) / (width // heads) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    return torch.log_softmax(scores, -1)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from fettle.errors import RecipeError, UsageError
-from fettle.methods.train.layer_maps import LayerMap, layer_map
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import DIMENSIONS
@@ -24,17 +23,15 @@ _FIRST_NUMBER = re.compile(r"^(.*?)(?<![^.])(\d{1,9})\.")
 METADATA = {"format": "pt"}
 
 
-def write_student(teacher: Checkpoint, anatomy: Anatomy, layers: int, chosen: LayerMap, output: Path) -> list[int]:
-    """Writes the student with `layers` of the teacher's blocks; returns which ones.
+def write_student(teacher: Checkpoint, anatomy: Anatomy, kept: list[int], output: Path) -> None:
+    """Writes the student of these blocks of the teacher.
 
     Raises:
         UsageError: the teacher is stored as codes.
-        RecipeError: more blocks than the teacher has, a config that does not say how many there are, or blocks that
-            know their number.
+        RecipeError: a config that does not say how many blocks there are, or blocks that know their number.
     """
     if stored_schemes(teacher, anatomy):
         raise UsageError(f"{teacher.folder} is compressed; a student is made of the layers of the original model")
-    kept = layer_map(chosen, layers, len(anatomy.blocks))
     output.mkdir(parents=True, exist_ok=True)
     units = [{name: _renumbered(name, new) for name in anatomy.blocks[old].tensors} for new, old in enumerate(kept)]
     units.append({name: name for name in anatomy.tensors})
@@ -48,7 +45,6 @@ def write_student(teacher: Checkpoint, anatomy: Anatomy, layers: int, chosen: La
     write_index(output, shard_of, total)
     copy_side_files(teacher.folder, output)
     write_json(output / "config.json", _shallower(teacher.config, kept))
-    return kept
 
 
 def _renumbered(name: str, block: int) -> str:

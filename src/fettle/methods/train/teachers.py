@@ -1,4 +1,4 @@
-"""Teachers: one, several with one mean of probabilities, or one whose largest logits were written down.
+"""Teachers: one that runs along, or one whose largest logits were written down; several are one in `several.py`.
 
 A teacher's answer to a window never changes, so its k largest log-probabilities can be kept: `keep_answers` runs the
 teacher once over every window and writes chunks of them; a killed run goes on with the chunk that is missing. Size:
@@ -11,8 +11,6 @@ With T the temperature, log-probabilities are those of softmax(z / T), and `rest
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,27 +32,9 @@ IDENTITY = "teacher.json"
 class Teacher(Protocol):
     """Gives its outputs for tokens."""
 
-    def __call__(self, input_ids: Tensor) -> Outputs:
-        """Outputs for int64 [batch, tokens]; no gradient."""
+    def __call__(self, input_ids: Tensor, window: Tensor | None = None) -> Outputs:
+        """Outputs for int64 [batch, tokens], which are these windows [batch] of the training text; no gradient."""
         ...
-
-
-class Several:
-    """Teachers of one vocabulary as one: the log of the weighted mean of their probabilities stands for its logits.
-
-    The mean is taken at the temperature at which it is compared: log Σ w_i softmax(z_i / T), times T.
-    """
-
-    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float], temperature: float) -> None:
-        self.teachers, self.weights, self.temperature = teachers, weights, temperature
-
-    def __call__(self, input_ids: Tensor) -> Outputs:
-        """Logits alone."""
-        parts = [
-            torch.log_softmax(teacher(input_ids).logits.float() / self.temperature, -1) + math.log(weight)
-            for teacher, weight in zip(self.teachers, self.weights, strict=True)
-        ]
-        return Outputs(logits=torch.stack(parts).logsumexp(0) * self.temperature)
 
 
 class Live:
@@ -63,8 +43,8 @@ class Live:
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
 
-    def __call__(self, input_ids: Tensor) -> Outputs:
-        """Its outputs."""
+    def __call__(self, input_ids: Tensor, window: Tensor | None = None) -> Outputs:
+        """Its outputs, which do not depend on the number of the window."""
         with torch.no_grad():
             return self.observed(input_ids)
 
@@ -90,8 +70,8 @@ def require_same_tokens(student: Any, teacher: Any, names: tuple[str, str]) -> N
         raise UsageError(
             f"{names[0]} and {names[1]} have different tokenizers ({len(ours):,} and {len(theirs):,} entries, "
             f"{differing:,} of the teacher's mean something else to the student), so their predictions cannot be "
-            "compared token by token. Give a teacher of the same family, or let it write text and train on that with "
-            "hard: 1, soft: 0"
+            "compared token by token. Give a teacher of the same family, or let it write the text, which is tokenized "
+            "anew: written: 1, hard: 1, soft: 0"
         )
 
 
@@ -125,7 +105,7 @@ def keep_answers(
         for first in range(0, len(ids), CHUNK_WINDOWS):
             part = ids[first : first + CHUNK_WINDOWS]
             if _chunk(folder, first) is None:
-                write_shard(folder, _chunk_name(first), _answers(teacher, part, k, temperature))
+                write_shard(folder, _chunk_name(first), _answers(teacher, part, first, k, temperature))
             task.advance(len(part))
 
 
@@ -142,10 +122,10 @@ def read_answers(folder: Path, windows: int) -> KeptAnswers:
     return KeptAnswers(**whole)
 
 
-def _answers(teacher: Teacher, ids: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
+def _answers(teacher: Teacher, ids: Tensor, first: int, k: int, temperature: float) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {"indices": [], "kept": [], "rest": []}
-    for window in ids:
-        logits = teacher(window.unsqueeze(0)).logits[0, :-1].float()
+    for number, window in enumerate(ids, start=first):
+        logits = teacher(window.unsqueeze(0), torch.tensor([number])).logits[0, :-1].float()
         logs = torch.log_softmax(logits / temperature, -1)
         kept, indices = logs.topk(min(k, logs.shape[-1]), -1)
         rest = logs.scatter(-1, indices, -torch.inf).logsumexp(-1)

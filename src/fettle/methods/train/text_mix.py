@@ -26,13 +26,17 @@ HELD_BACK_SHARE = 0.05  # of the text's characters
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingText:
-    """Windows of one length: `ids` int64 [windows, length], those held back behind `learned` others."""
+    """Windows of one length: `ids` int64 [windows, length], those held back behind `learned` others.
+
+    `tasks` says of each learned window which of the `sources` it was drawn from.
+    """
 
     ids: Tensor
     learned: int
     sources: tuple[str, ...]
     sha256: str
     note: str
+    tasks: tuple[int, ...] = ()
 
     def order(self, steps: int, batch_windows: int, seed: int) -> Tensor:
         """Which window each place of each step takes, int64 [steps · batch_windows]: shuffled passes, one by one."""
@@ -47,26 +51,34 @@ class TrainingText:
         return torch.arange(self.learned, len(self.ids))
 
 
-def training_text(tokenizer: Any, fields: LoopFields) -> TrainingText:
-    """Reads and cuts the texts that `fields` name.
+def training_text(
+    tokenizer: Any, fields: LoopFields, *, written: Text | None = None, written_share: float = 0.0
+) -> TrainingText:
+    """Reads and cuts the texts that `fields` name; `written` is the teacher's own, of which a share of windows comes.
 
     Raises:
         UsageError: a text that cannot be read, or is too short for one window to learn from and one to hold back.
     """
     texts = [read_text(fields.text)]
-    from_replay = 0
+    counts = [fields.windows]
     if fields.replay is not None:
         texts.append(read_text(fields.replay))
-        from_replay = round(fields.windows * fields.replay_share)
-    parts = [_cut(text, fields.held_back > 0) for text in texts]
-    counts = [fields.windows - from_replay, from_replay]
+        counts.append(round(fields.windows * fields.replay_share))
+    parts = [cut_off(text, fields.held_back > 0) for text in texts]
+    if written is not None:
+        texts.append(written)
+        counts.append(max(1, round(fields.windows * written_share)))
+        parts.append((written, written))
+    counts[0] -= sum(counts[1:])
     learned, notes = [], []
-    for number, ((first, _), count) in enumerate(zip(parts, counts, strict=False)):
-        if count:
+    drawn_from: list[int] = []
+    for number, ((first, _), count) in enumerate(zip(parts, counts, strict=True)):
+        if count > 0:
             drawn = calibration_windows(
                 tokenizer, first, windows=count, length=fields.length, seed=fields.seed + number
             )
             learned += _whole(drawn, fields.length)
+            drawn_from += [number] * (len(learned) - len(drawn_from))
             notes += [drawn.note] if drawn.note else []
     kept: list[Tensor] = []
     if fields.held_back:
@@ -84,11 +96,17 @@ def training_text(tokenizer: Any, fields: LoopFields) -> TrainingText:
         sources=tuple(text.source for text in texts),
         sha256=hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest(),
         note="; ".join(notes),
+        tasks=tuple(drawn_from),
     )
 
 
-def _cut(text: Text, hold_back: bool) -> tuple[Text, Text]:
-    """What windows are drawn from, and the end of the text, from a line's beginning on."""
+def learning_part(fields: LoopFields) -> Text:
+    """The text without what is held back."""
+    return cut_off(read_text(fields.text), fields.held_back > 0)[0]
+
+
+def cut_off(text: Text, hold_back: bool) -> tuple[Text, Text]:
+    """What windows are drawn from, and what is held back: the end of the text, from a line's beginning on."""
     if not hold_back:
         return text, text
     place = int(len(text.content) * (1 - HELD_BACK_SHARE))

@@ -1,100 +1,51 @@
-"""One training, from folder to folder: the shape that every method of this room has, and what drives it.
+"""One training, from folder to folder: what drives every method of this room.
 
-method.learner(job)  → the student, with what learns marked, and how it is written
-text                 → windows (text_mix.py)
+method.learner(job)  → the student, with what learns marked, and how it is written (job.py)
+text                 → windows (text_mix.py), and which of them stands in which place (sources/)
 teacher              → live, or its kept answers (teachers.py)
 objective            → loop (loop.py) → learner.write
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from fettle.errors import UsageError
+from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.distillation import Distillation
-from fettle.methods.train.loop import run
+from fettle.methods.train.encoders import encoder_objective, refuse_sources
+from fettle.methods.train.job import BeforeStep, Learner, TrainJob, TrainMethod
+from fettle.methods.train.layer_search import looked_at
+from fettle.methods.train.loop import Objective, run
+from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.outputs import Observed
+from fettle.methods.train.outputs import Observed, base_tree
 from fettle.methods.train.processes import is_main_process, process_group
-from fettle.methods.train.teachers import Live, Several, Teacher, keep_answers, read_answers, require_same_tokens
+from fettle.methods.train.sentence_text import sentences
+from fettle.methods.train.several import Several
+from fettle.methods.train.sources.fields import DataFields
+from fettle.methods.train.sources.gathering import gathered, teachers_text
+from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, training_text
-from fettle.models.loading import LoadedModel, load
-from fettle.models.source import resolve
-from fettle.progress import Progress, Silent
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """What a training reads and writes.
-
-    Attributes:
-        model: the folder (hub id, or demo) that is trained.
-        original: the teacher where none is named; the model that a chain began with.
-        output: the folder that is written.
-        folder: for checkpoints, curve and kept answers; of this run alone.
-        base_name: what `fettle.json` calls the model.
-        device: torch's word for it.
-        generic: treat every linear of an unknown family alike.
-        progress: told how far it is.
-    """
-
-    model: str | Path
-    original: str | Path
-    output: Path
-    folder: Path
-    base_name: str = ""
-    device: str = "cpu"
-    generic: bool = False
-    progress: Progress = field(default_factory=Silent)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Learner:
-    """A student that is ready to learn.
-
-    Attributes:
-        loaded: tree, anatomy, tokenizer and folder.
-        model: what is called: the tree, or what wraps it.
-        write: given the record for `fettle.json`, writes what was learned.
-        rates: factors of the learning rate, by the beginning of a parameter's name in `model`.
-    """
-
-    loaded: LoadedModel
-    model: nn.Module
-    write: Callable[[dict[str, Any]], None]
-    rates: dict[str, float] = field(default_factory=dict)
-
-
-class TrainMethod(Protocol):
-    """A training method: a frozen, keyword-only dataclass with the keys of `LoopFields` and `SignalFields`."""
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    source: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def validate(self) -> None:
-        """Checks what the fields' own types and bounds cannot say; RecipeError where they do not fit together."""
-        ...
-
-    def learner(self, job: TrainJob) -> Learner:
-        """The student in memory, with the parameters that learn marked by `requires_grad`."""
-        ...
-
-
-class _WithRates(Distillation):
-    """The objective with a learner's own factors of the learning rate."""
+class _OfLearner(Distillation):
+    """The objective with a learner's own factors of the learning rate, and what it does before a step."""
 
     factors: dict[str, float]
+    before_step: BeforeStep | None
 
     def rates(self) -> dict[str, float]:
         return {f"student.{start}": factor for start, factor in self.factors.items()}
+
+    def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
+        if self.before_step is not None:
+            self.before_step(step, losses)
 
 
 def train(method: TrainMethod, job: TrainJob) -> Curve:
@@ -106,37 +57,58 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     """
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
-    loop, signals = cast(LoopFields, method), cast(SignalFields, method)
-    if learner.loaded.tokenizer is None or not learner.loaded.anatomy.causal:
-        lack = "no tokenizer files" if learner.loaded.tokenizer is None else "no next token to predict"
-        raise UsageError(f"{job.model} has {lack}, and training reads text and predicts the next token")
-    text = training_text(learner.loaded.tokenizer, loop)
+    loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)
+    if learner.loaded.tokenizer is None:
+        raise UsageError(f"{job.model} has no tokenizer files, and training reads text; give a folder that has them")
+    if learner.loaded.anatomy.causal:
+        written = teachers_text(loop, data, signals, job)
+        text = training_text(learner.loaded.tokenizer, loop, written=written, written_share=data.written)
+    else:
+        refuse_sources(data)
+        text = sentences(learner.loaded.tokenizer, loop)
     learner.loaded.anatomy.require_rows(int(text.ids.min()), int(text.ids.max()))
-    objective = _objective(learner, signals, text, job)
-    curve = run(objective, text, loop, job.folder, job.progress)
+    objective: Objective
+    if learner.loaded.anatomy.causal:
+        objective = decoder = _objective(learner, (signals, loop), text, job)
+        mix = gathered(learner.loaded, decoder.gap, text, (loop, data, signals), job)
+    else:
+        objective, mix = encoder_objective(learner, (signals, loop), text, job), None
+    curve = run(objective, text, loop, job.folder, job.progress, mix)
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
 
 
-def _objective(learner: Learner, signals: SignalFields, text: TrainingText, job: TrainJob) -> Distillation:
+def _objective(
+    learner: Learner, fields: tuple[SignalFields, LoopFields], text: TrainingText, job: TrainJob
+) -> Distillation:
+    signals, loop = fields
     asked = tuple(signals.weights())
+    if "sentences" in asked:
+        raise RecipeError(f"sentences compares an encoder's vectors, and {job.model} predicts next tokens; set it to 0")
     student = Observed(learner.model, cast(nn.Module, learner.loaded.model), learner.loaded.anatomy, asked)
     teacher: Teacher | None = None
-    depth, answers = None, None
+    layers, answers = None, None
     if signals.needs_teacher:
-        names = signals.teachers() or [str(job.original)]
-        models = [load(resolve(name), device=job.device, generic=job.generic) for name in names]
+        names = job.teachers(signals)
+        models = [load_teacher(name, device=job.device, generic=job.generic) for name in names]
         for name, found in zip(names, models, strict=True):
             require_same_tokens(learner.loaded.tokenizer, found.tokenizer, (str(job.model), name))
-        live = [Live(Observed(found.model, found.model, found.anatomy, asked)) for found in models]
+        live = [Live(Observed(found.model, base_tree(found), found.anatomy, asked)) for found in models]
         weights = signals.parsed_teacher_weights()
-        teacher = live[0] if len(live) == 1 else Several(live, weights, signals.temperature)
-        depth = len(models[0].anatomy.blocks) if {"features", "attention"} & set(asked) else None
+        teacher = live[0]
+        if len(live) > 1:
+            teacher = several = Several(live, weights, signals.temperature, signals.teacher_weighting)
+            if signals.teacher_weighting != "fixed" and signals.weighting_by == "task":
+                with process_group(job.device).main_process_first():
+                    hashes = {"teachers": [teacher_hashes(name) for name in names]}
+                    several.settle_by_task(text, job.folder, hashes, job.progress)
+        if {"features", "attention"} & set(asked):
+            layers = looked_at(signals, loop, student.depth, models[0], job.device)
         if signals.teacher_top_k is not None:
             answers = _kept(teacher, signals, text, job, names)
-    objective = _WithRates(student, signals, teacher=teacher, answers=answers, teacher_depth=depth)
-    objective.factors = learner.rates
+    objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers)
+    objective.factors, objective.before_step = learner.rates, learner.before_step
     objective.fit_shapes(text.ids[:1].to(job.device))
     return objective.to(job.device)
 
@@ -146,19 +118,17 @@ def _kept(teacher: Teacher, signals: SignalFields, text: TrainingText, job: Trai
     folder = job.folder / "answers"
     vocabulary = teacher(text.ids[:1, :2].to(job.device)).logits.shape[-1]
     k = min(signals.teacher_top_k, vocabulary)
-    identity = {"text": text.sha256, "teacher": [_hashes(name) for name in names], "weights": signals.teacher_weights}
+    identity = {
+        "text": text.sha256,
+        "teacher": [teacher_hashes(name) for name in names],
+        "weights": [signals.teacher_weights, signals.teacher_weighting, signals.weighting_by],
+    }
     with process_group(job.device).main_process_first():
         keep_answers(
             teacher, text.ids.to(job.device), k=k, temperature=signals.temperature, folder=folder, identity=identity,
             progress=job.progress,
         )  # fmt: skip
     return read_answers(folder, len(text.ids))
-
-
-def _hashes(model: str) -> dict[str, str]:
-    from fettle.models.checkpoint import Checkpoint
-
-    return Checkpoint.open(resolve(model)).file_hashes()
 
 
 def _record(method: TrainMethod, job: TrainJob, text: TrainingText, curve: Curve) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fettle.models.module_tree import parameter_of, part_of
 from fettle.models.parts import CODE_SUFFIXES, Linear
 from fettle.models.storage import is_stored_as_codes, quantization_config
 from fettle.models.writer import copy_side_files, write_index, write_json, write_shard
-from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.weights import CompressedWeight
 
 MARKER = "fettle.json"
 METADATA = {"format": "pt"}
@@ -31,7 +31,7 @@ METADATA = {"format": "pt"}
 
 def write_trained(
     tree: nn.Module, base: Checkpoint, anatomy: Anatomy, output: Path, record: Mapping[str, Any],
-    *, codes: Mapping[str, QuantizedTensor] | None = None, storage: str = "pack-quantized",
+    *, codes: Mapping[str, CompressedWeight] | None = None, storage: str = "pack-quantized",
 ) -> None:  # fmt: skip
     """Writes `tree`, which was made from `base`, to `output`.
 
@@ -82,7 +82,7 @@ def write_trained(
 
 def _unit(
     tree: nn.Module, base: Checkpoint, anatomy: Anatomy, unit: tuple[tuple[str, ...], tuple[Linear, ...]],
-    codes: Mapping[str, QuantizedTensor], storage: str,
+    codes: Mapping[str, CompressedWeight], storage: str,
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """The tensors of one shard."""
     names, linears = unit

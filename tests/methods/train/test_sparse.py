@@ -1,0 +1,185 @@
+"""Masks that change in training: the papers' schedules, exact counts, regrowth, and the same after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fettle.errors import RecipeError, UsageError
+from fettle.methods.registry import build
+from fettle.methods.train import TRAIN_METHODS, Distill, Sparse
+from fettle.methods.train import sparse as sparse_room
+from fettle.methods.train.curve import Curve
+from fettle.methods.train.job import TrainJob
+from fettle.methods.train.masks import (
+    SparseLinear,
+    exchanged_share,
+    gradients_of,
+    pruned,
+    regrown,
+    sparsity_at,
+)
+from fettle.methods.train.training import train
+from fettle.models.anatomy import read_anatomy
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.loading import load
+from fettle.models.storage import stored_schemes
+from fettle.tensors.patterns import parse_pattern
+
+Trained = Callable[..., tuple[Path, Curve]]
+HOW: dict[str, Any] = {"steps": 8, "mask_every": 2, "learning_rate": 1e-3, "checkpoint_every": 2}
+
+
+def module(movement: bool = False) -> SparseLinear:
+    torch.manual_seed(0)
+    return SparseLinear(torch.nn.Linear(6, 4), movement=movement)
+
+
+def test_the_schedules_are_the_papers() -> None:
+    found = [sparsity_at(step, 0.8, "cubic", 2, 6) for step in range(8)]
+    assert found == pytest.approx([0, 0, 0, 0.4625, 0.7, 0.7875, 0.8, 0.8])
+    assert [sparsity_at(step, 0.5, "linear", 0, 4) for step in range(5)] == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
+    assert sparsity_at(0, 0.5, "one_shot", 3, 9) == 0.5
+    assert [exchanged_share(step, 0.3, 10) for step in (0, 5, 10, 12)] == pytest.approx([0.3, 0.15, 0, 0])
+
+
+def test_what_is_gone_learns_nothing_and_its_score_learns_as_if_it_were_there() -> None:
+    linear, inputs = module(movement=True), torch.randn(3, 6)
+    linear.mask = torch.rand(4, 6) > 0.5
+    linear(inputs).square().sum().backward()
+    plain = (linear.weight.detach() * linear.mask).requires_grad_()
+    (inputs @ plain.T + linear.bias.detach()).square().sum().backward()
+    assert torch.allclose(linear.weight.grad, plain.grad * linear.mask, atol=1e-6)
+    assert torch.allclose(linear.scores.grad, plain.grad * linear.weight.detach(), atol=1e-6)
+    assert plain.grad[~linear.mask].abs().min() > 0
+
+
+def test_the_gradient_for_masks_is_that_of_all_weights_and_leaves_no_trace() -> None:
+    linear, inputs = module(), torch.randn(2, 6)
+    linear.mask = torch.rand(4, 6) > 0.5
+    found = gradients_of([linear], lambda: (linear(row).square().sum() for row in inputs))[0]
+    plain = (linear.weight.detach() * linear.mask).requires_grad_()
+    (inputs @ plain.T + linear.bias.detach()).square().sum().backward()
+    assert torch.allclose(found, plain.grad / 2, atol=1e-6)
+    assert linear.weight.grad is None
+    assert linear.last is None
+
+
+def test_gone_stays_gone_by_magnitude_and_may_return_by_movement() -> None:
+    linear, pattern = module(movement=True), parse_pattern("layer")
+    first = pruned(linear, None, pattern, 0.25, "magnitude")
+    smallest = linear.weight.abs().flatten().argsort()[:6]
+    assert set((~first).flatten().nonzero()[:, 0].tolist()) == set(smallest.tolist())
+    linear.mask = first
+    with torch.no_grad():
+        linear.weight[~first] = 100.0  # were it looked at, it would return
+    second = pruned(linear, None, pattern, 0.5, "magnitude")
+    assert int((~second).sum()) == 12
+    assert not (second & ~first).any()
+    with torch.no_grad():
+        linear.scores[~first] = 1.0
+    assert (pruned(linear, None, pattern, 0.5, "movement") & ~first).sum() == 6
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_regrowth_exchanges_the_smallest_for_the_steepest(by_row: bool) -> None:
+    weight, gradient = torch.randn(4, 10), torch.randn(4, 10)
+    mask = torch.rand(4, 10) > 0.5
+    mask[:, :2] = torch.tensor([True, False])
+    found = regrown(weight, gradient, mask, 0.5, by_row=by_row)
+    for rows in [[row] for row in range(4)] if by_row else [list(range(4))]:
+        kept = [(abs(float(weight[r, c])), r, c) for r in rows for c in range(10) if mask[r, c]]
+        gone = [(abs(float(gradient[r, c])), r, c) for r in rows for c in range(10) if not mask[r, c]]
+        count = min(round(0.5 * len(kept)), len(gone))
+        dropped = {(r, c) for _, r, c in sorted(kept)[:count]}
+        grown = {(r, c) for _, r, c in sorted(gone)[-count:]}
+        assert {(r, c) for r in rows for c in range(10) if mask[r, c] and not found[r, c]} == dropped
+        assert {(r, c) for r in rows for c in range(10) if found[r, c] and not mask[r, c]} == grown
+
+
+@pytest.mark.parametrize(
+    "fields", [{"score": "movement"}, {"score": "taylor", "pattern": "2:4"}, {"growth": "one_shot", "regrow": 0.3}]
+)
+def test_what_is_written_is_as_sparse_as_asked_and_stored_with_a_mask(
+    fields: dict[str, Any], tiny_llama: Path, trained: Trained
+) -> None:
+    output, curve = trained(Sparse, tiny_llama, **HOW, **fields)
+    assert len(curve.losses) == 8
+    checkpoint = Checkpoint.open(output)
+    stored = stored_schemes(checkpoint, read_anatomy(checkpoint))
+    assert stored
+    loaded = load(output, dense=True)
+    for linear in loaded.anatomy.linears():
+        weight = loaded.model.get_submodule(linear.slot.parameter.removesuffix(".weight")).weight
+        assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+        if fields.get("pattern") == "2:4":
+            assert ((weight.reshape(-1, 4) != 0).sum(-1) <= 2).all()
+    healed, _ = trained(Distill, output, tiny_llama, keep_zeros=True, steps=1)  # a next stage goes on from it
+    assert (healed / "fettle.json").is_file()
+
+
+@pytest.mark.slow
+def test_masks_of_a_killed_run_are_those_of_an_undisturbed_one(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the step behind a checkpoint, with the next masks drawn: it goes on with them, to the same bytes."""
+    how = {
+        **HOW, "windows": 8, "length": 32, "batch_windows": 4, "held_back": 2, "text": str(text_file), "regrow": 0.3,
+        "mask_every": 3,
+    }  # fmt: skip
+
+    def job(name: str) -> TrainJob:
+        return TrainJob(model=tiny_llama, original=tiny_llama, output=tmp_path / name, folder=tmp_path / f"{name}.run")
+
+    curve = train(Sparse(**how), job("undisturbed"))
+    begin, stopped = sparse_room.Masks.begin, []
+
+    def stop(self: sparse_room.Masks, step: int, losses: Any) -> None:
+        begin(self, step, losses)
+        if step == 3 and not stopped:
+            stopped.append(step)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sparse_room.Masks, "begin", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(Sparse(**how), job("killed"))
+    again = train(Sparse(**how), job("killed"))
+    assert again.losses == curve.losses
+    digests = [
+        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((tmp_path / name).iterdir())}
+        for name in ("undisturbed", "killed")
+    ]
+    assert digests[0] == digests[1]
+    shutil.rmtree(tmp_path / "killed")  # over, but not written: the masks are those of the last steps
+    train(Sparse(**how), job("killed"))
+    assert (
+        hashlib.sha256((tmp_path / "killed" / "model-00001-of-00003.safetensors").read_bytes()).hexdigest()
+        == (digests[0]["model-00001-of-00003.safetensors"])
+    )
+    record = json.loads((tmp_path / "killed" / "fettle.json").read_text())
+    assert record["training"]["fields"]["regrow"] == 0.3
+    shutil.rmtree(tmp_path / "killed.run" / "masks")
+    with pytest.raises(UsageError, match=r"is gone, with which steps were taken"):
+        train(Sparse(**{**how, "steps": 9}), job("killed"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"keep": "best"}, "keep=best would keep the dense start"),
+        ({"pattern": "2:4", "sparsity": 0.75}, "pattern=2:4 means sparsity=0.5"),
+        ({"pruned_from": 0.7}, "pruned_until=0.6 is not behind"),
+        ({"regrow": 0.2, "pattern": "4x4"}, "regrow exchanges single weights"),
+        ({"score": "wanda"}, "magnitude, taylor, movement"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        build(TRAIN_METHODS["sparse"], fields)
