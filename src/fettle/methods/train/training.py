@@ -112,11 +112,20 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         raise UsageError(f"{job.model} has {lack}, and training reads text and predicts the next token")
     text = training_text(learner.loaded.tokenizer, loop)
     learner.loaded.anatomy.require_rows(int(text.ids.min()), int(text.ids.max()))
+    if loop.gradient_checkpointing:
+        _checkpoint_gradients_(learner.loaded.model)
     objective = _objective(learner, signals, text, job)
     curve = run(objective, text, loop, job.folder, job.progress)
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
+
+
+def _checkpoint_gradients_(tree: Any) -> None:
+    """Blocks keep their inputs alone and run again for their gradients; the name changed in transformers 5.23."""
+    older, newer = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    # not reentrant: the inputs of an untouched base have no gradient of their own
+    getattr(tree, newer if hasattr(tree, newer) else older)({"use_reentrant": False})
 
 
 def _objective(learner: Learner, signals: SignalFields, text: TrainingText, job: TrainJob) -> Distillation:
