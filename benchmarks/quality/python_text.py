@@ -1,6 +1,6 @@
 """The training text of the embedded model's own domain: the standard library without its held-out modules, as one file.
 
-python benchmarks/quality/python_text.py OUT.txt
+python benchmarks/quality/python_text.py OUT.txt     (without a name: how long it would be)
 
 The split is by the SHA-256 of a module's name, as in `tools/train_reference.py`: the held-out text that the package
 ships to judge by has none of these modules. Their order is shuffled by a seed, so that the end of the file, which a
@@ -9,7 +9,9 @@ training holds back, is no one package.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import random
 import sys
 from pathlib import Path
@@ -40,5 +42,13 @@ def python_text(most: int = 3_000_000) -> str:
     return "\n\n".join(texts)[:most]
 
 
+def main() -> None:
+    """Writes the text, or says how long it is."""
+    text = python_text()
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    print(json.dumps({"characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(python_text(), encoding="utf-8")
+    main()

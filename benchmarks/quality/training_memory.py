@@ -1,8 +1,10 @@
 """Peak memory of a few training steps, each kind in a process of its own: full fine-tuning, LoRA, QLoRA.
 
+python benchmarks/quality/training_memory.py       (the embedded model, which shows that it runs)
+
 python benchmarks/compression/random_llama.py build/llama-1.1b
 fettle compress build/llama-1.1b -o build/llama-1.1b-4bit --method round_to_nearest --bits 4 --group-size 128
-python benchmarks/quality/training_memory.py build/llama-1.1b build/llama-1.1b-4bit --kinds qlora,lora --steps 3
+python benchmarks/quality/training_memory.py build/llama-1.1b build/llama-1.1b-4bit --blocks 2
 
 Every kind takes the same windows with gradient checkpointing, and writes its result like any training. The peak is
 what the operating system says that the process held at most, libraries included; `--blocks N` cuts both models to
@@ -23,9 +25,12 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from measure import measure
 
+import fettle
 from fettle.evaluate.memory import peak_memory_bytes
 from fettle.methods.train import Adapter, Distill
 from fettle.methods.train.training import TrainJob, train
+from fettle.models.source import resolve
+from fettle.pipeline.recipe import parse_recipe
 
 KINDS = {"full": "dense", "lora": "dense", "qlora": "codes"}
 
@@ -50,6 +55,13 @@ def first_blocks(model: Path, blocks: int, output: Path) -> Path:
     (output / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (output / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}), encoding="utf-8")
+    return output
+
+
+def in_codes(model: Path, output: Path) -> Path:
+    """The model in 4 bits."""
+    step = {"method": "round_to_nearest", "bits": 4, "group_size": 128}
+    fettle.compress(model, output, parse_recipe({"name": "codes", "steps": [step]}, "bench"), evaluate=False)
     return output
 
 
@@ -81,9 +93,9 @@ def one(kind: str, model: Path, steps: int, length: int) -> None:
 def main() -> None:
     """Runs the kinds one after the other and prints one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense", type=Path)
-    parser.add_argument("codes", type=Path)
-    parser.add_argument("--kinds", default="qlora,lora,full")
+    parser.add_argument("dense", type=Path, nargs="?", help="none for the embedded model")
+    parser.add_argument("codes", type=Path, nargs="?", help="the same in codes; none for round to nearest, 4 bits")
+    parser.add_argument("--kinds", default="full,lora,qlora")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--blocks", type=int, help="of both models; none for all")
@@ -93,10 +105,11 @@ def main() -> None:
         one(a.one, getattr(a, KINDS[a.one]), a.steps, a.length)
         return
     full = None
-    with tempfile.TemporaryDirectory(dir=a.dense.parent) as temporary:
-        folders = {"dense": a.dense, "codes": a.codes}
+    with tempfile.TemporaryDirectory() as temporary:
+        dense = a.dense or resolve("demo")
+        folders = {"dense": dense, "codes": a.codes or in_codes(dense, Path(temporary) / "codes")}
         if a.blocks:
-            folders = {k: first_blocks(v, a.blocks, Path(temporary) / k) for k, v in folders.items()}
+            folders = {k: first_blocks(v, a.blocks, Path(temporary) / f"cut-{k}") for k, v in folders.items()}
         for kind in a.kinds.split(","):
             command = [sys.executable, __file__, str(folders["dense"]), str(folders["codes"]), "--one", kind]
             command += ["--steps", str(a.steps), "--length", str(a.length)]

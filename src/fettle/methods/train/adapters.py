@@ -99,7 +99,7 @@ class Adapter(LoopFields, SignalFields):
             RecipeError: a word that is neither a role nor one of the groups.
         """
         every = tuple(role for group in ROLES.values() for role in group)
-        found = []
+        found: list[str] = []
         for word in (part.strip() for part in self.targets.split(",")):
             if word not in ("all", *ROLES, *every):
                 raise RecipeError(
