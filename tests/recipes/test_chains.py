@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fettle
+from fettle.models.loading import load
 from fettle.pipeline.chain import Chain, Stage, load_chain, parse_chain, shipped_chains
 from fettle.pipeline.recipe import CalibrationOptions
 
@@ -16,14 +18,17 @@ CHAINS = shipped_chains()
 
 
 def test_the_promised_chains_are_there() -> None:
-    assert {path.stem for path in CHAINS} >= {
+    promised = {
         "qat-2bit",
         "ternary",
         "shallow-4bit",
         "qlora-4bit",
         "heal-4bit",
         "assistant",
+        "distill-narrow-4bit",
+        "prune-heal-4bit",
     }
+    assert {path.stem for path in CHAINS} >= promised
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=lambda path: path.stem)
@@ -59,3 +64,20 @@ def small(chain: Chain, text: Path) -> Chain:
             fewer["layers"] = 1
         stages.append(Stage(method=dataclasses.replace(method, **fewer)))
     return Chain(name=chain.name, stages=tuple(stages))
+
+
+def test_a_pruned_models_mask_outlives_healing_and_codes(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """What `prune-heal-4bit` leaves of half the weights is what its first stage left, though values moved twice."""
+    fettle.train(tiny_llama, tmp_path / "out", small(load_chain("prune-heal-4bit"), text_file), evaluate=False)
+    stages = tmp_path / "out.run" / "stages"
+    pruned, healed, coded = (
+        load(folder, dense=True).model.state_dict()
+        for folder in (stages / "01-compress", stages / "02-distill", tmp_path / "out")
+    )
+    for name, first in pruned.items():
+        if name.endswith("proj.weight"):
+            zeros = first == 0
+            assert 0.49 < float(zeros.float().mean()) < 0.51, name
+            assert torch.equal(healed[name] == 0, zeros), name
+            assert not torch.equal(healed[name], first), name
+            assert bool((coded[name][zeros] == 0).all()), name

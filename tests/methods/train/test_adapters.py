@@ -83,6 +83,15 @@ def test_every_kind_learns_beside_codes_and_is_read_by_peft(
     assert str(tiny_llama) not in (output / "adapter_config.json").read_text()
 
 
+def test_targets_are_groups_or_roles(tiny_llama: Path, trained: Trained) -> None:
+    """Only the linears of the roles that are named get matrices; a word that is no role is refused."""
+    output, _ = trained(Adapter, tiny_llama, **HOW, rank=1, targets="value, mlp")
+    told = json.loads((output / "adapter_config.json").read_text())["target_modules"]
+    assert {name.rpartition(".")[2] for name in told} == {"v_proj", "gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(RecipeError, match="names 'values'; allowed: all, attention, mlp, query"):
+        Adapter(targets="values").validate()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_codes_stay_packed_while_gradients_pass(bits: int, packed: dict[int, Path]) -> None:
     loaded = load(packed[bits])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fettle.errors import NonFiniteError, RecipeError
 from fettle.methods.train import Distill
@@ -129,6 +130,29 @@ def test_parts_of_a_step_add_up_to_the_step(tiny_llama: Path, text_file: Path, t
         job = TrainJob(model=tiny_llama, original=tiny_llama, output=folder, folder=tmp_path / f"{accumulate}.run")
         found.append(train(Distill(**how), job).losses)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_blocks_that_run_again_for_their_gradients_change_nothing(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses, and every block is indeed run twice a step."""
+    ran = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda layer, x: ran.append(layer.training) or forward(layer, x))
+    losses = []
+    for again in (False, True):
+        job = TrainJob(
+            model=tiny_llama, original=tiny_llama, output=tmp_path / str(again), folder=tmp_path / f"{again}.run"
+        )
+        method = Distill(
+            steps=2, windows=8, length=32, batch_windows=4, held_back=0, hard=1.0, soft=0.0, text=str(text_file),
+            gradient_checkpointing=again,
+        )  # fmt: skip
+        losses.append(train(method, job).losses)
+        losses.append([ran.count(True)])
+        ran.clear()
+    assert losses[0] == losses[2]
+    assert losses[3] == [2 * losses[1][0]]
 
 
 def test_the_weights_with_the_least_held_back_loss_are_kept(tmp_path: Path) -> None:

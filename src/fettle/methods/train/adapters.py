@@ -75,7 +75,9 @@ class Adapter(LoopFields, SignalFields, DataFields):
     alpha: float = field(default=16.0, metadata={"help": "LoRA's α", "minimum": 0.0})
     dropout: float = field(default=0.0, metadata={"help": "of LoRA's inputs", "minimum": 0.0, "maximum": 0.99})
     virtual_tokens: int = field(default=16, metadata={"help": "of a prompt or prefix", "minimum": 1})
-    targets: Literal["attention", "mlp", "all"] = field(default="all", metadata={"help": "which linears get one"})
+    targets: str = field(
+        default="all", metadata={"help": "which linears get one: attention, mlp, all, or roles with commas"}
+    )
     start: Literal["zero", "residual", "eva"] = field(
         default="zero",
         metadata={"help": "begin with nothing, with what the base's codes lost (LoftQ), or along the inputs (EVA)"},
@@ -100,8 +102,25 @@ class Adapter(LoopFields, SignalFields, DataFields):
             raise RecipeError(
                 f"with {self.kind} the states of virtual tokens stand among the others; use hard and soft"
             )
+        self.roles()
         if self.start != "zero" and self.kind not in ("lora", "rslora"):
             raise RecipeError(f"start={self.start} is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")
+
+    def roles(self) -> tuple[str, ...]:
+        """The roles that `targets` names.
+
+        Raises:
+            RecipeError: a word that is neither a role nor one of the groups.
+        """
+        every = tuple(role for group in ROLES.values() for role in group)
+        found: list[str] = []
+        for word in (part.strip() for part in self.targets.split(",")):
+            if word not in ("all", *ROLES, *every):
+                raise RecipeError(
+                    f"targets={self.targets!r} names {word!r}; allowed: all, {', '.join((*ROLES, *every))}, with commas"
+                )
+            found += every if word == "all" else ROLES.get(word, (word,))
+        return tuple(dict.fromkeys(found))
 
     def learner(self, job: TrainJob) -> Learner:
         """The base with a fresh adapter, which alone learns."""
@@ -144,12 +163,11 @@ class Adapter(LoopFields, SignalFields, DataFields):
             scaled = [_path(x) for x in _targets(loaded, ("key", "value", "down"))]
             after = [_path(x) for x in _targets(loaded, ("down",))]
             return peft.IA3Config(task_type="CAUSAL_LM", target_modules=scaled, feedforward_modules=after)
-        roles = tuple(role for name, group in ROLES.items() if self.targets in (name, "all") for role in group)
         eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if self.start == "eva" else {}
         return peft.LoraConfig(
             **eva, task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
             use_rslora=self.kind == "rslora", use_dora=self.kind == "dora",
-            target_modules=[_path(x) for x in _targets(loaded, roles)],
+            target_modules=[_path(x) for x in _targets(loaded, self.roles())],
         )  # fmt: skip
 
 

@@ -39,6 +39,9 @@ class LoopFields:
     warmup: float = field(
         default=0.05, metadata={"help": "share of the steps in which it rises", "minimum": 0.0, "maximum": 1.0}
     )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "keep a block's inputs alone and run it again for its gradients: less memory"}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "of AdamW", "minimum": 0.0, "maximum": 10.0})
     precision: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "of products; weights and sums stay float32"}

@@ -67,6 +67,8 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         refuse_sources(data)
         text = sentences(learner.loaded.tokenizer, loop)
     learner.loaded.anatomy.require_rows(int(text.ids.min()), int(text.ids.max()))
+    if loop.gradient_checkpointing:
+        _checkpoint_gradients_(learner.loaded.model)
     objective: Objective
     if learner.loaded.anatomy.causal:
         objective = decoder = _objective(learner, (signals, loop), text, job)
@@ -77,6 +79,13 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
+
+
+def _checkpoint_gradients_(tree: Any) -> None:
+    """Blocks keep their inputs alone and run again for their gradients; the name changed in transformers 5.23."""
+    older, newer = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+    # not reentrant: the inputs of an untouched base have no gradient of their own
+    getattr(tree, newer if hasattr(tree, newer) else older)({"use_reentrant": False})
 
 
 def _objective(

@@ -1,0 +1,128 @@
+"""Peak memory of a few training steps, each kind in a process of its own: full fine-tuning, LoRA, QLoRA.
+
+python benchmarks/quality/training_memory.py       (the embedded model, which shows that it runs)
+
+python benchmarks/compression/random_llama.py build/llama-1.1b
+fettle compress build/llama-1.1b -o build/llama-1.1b-4bit --method round_to_nearest --bits 4 --group-size 128
+python benchmarks/quality/training_memory.py build/llama-1.1b build/llama-1.1b-4bit --blocks 2
+
+Every kind takes the same windows with gradient checkpointing, and writes its result like any training. The peak is
+what the operating system says that the process held at most, libraries included; `--blocks N` cuts both models to
+their first N blocks, for a machine too small for full fine-tuning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "compression"))
+from measure import measure
+
+import fettle
+from fettle.evaluate.memory import peak_memory_bytes
+from fettle.methods.train import Adapter, Distill
+from fettle.methods.train.training import TrainJob, train
+from fettle.models.source import resolve
+from fettle.pipeline.recipe import parse_recipe
+
+KINDS = {"full": "dense", "lora": "dense", "qlora": "codes"}
+
+
+def method(kind: str, **fields: Any) -> Any:
+    """The training of one kind; hard labels, so that no teacher is in memory."""
+    if kind == "full":
+        return Distill(**fields, hard=1.0, soft=0.0, learning_rate=1e-5)
+    return Adapter(**fields, rank=8, learning_rate=1e-4)
+
+
+def first_blocks(model: Path, blocks: int, output: Path) -> Path:
+    """A folder with the first blocks of a checkpoint, its other tensors and files as they are (links)."""
+    output.mkdir()
+    index = json.loads((model / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    kept = {name: shard for name, shard in index["weight_map"].items() if _block(name) < blocks}
+    for path in model.iterdir():
+        if path.suffix != ".safetensors" and path.name != "fettle.json":
+            (output / path.name).write_bytes(path.read_bytes())
+    for shard in sorted(set(kept.values())):
+        _copy(model / shard, output / shard, {name for name, where in kept.items() if where == shard})
+    (output / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (output / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}), encoding="utf-8")
+    return output
+
+
+def in_codes(model: Path, output: Path) -> Path:
+    """The model in 4 bits."""
+    step = {"method": "round_to_nearest", "bits": 4, "group_size": 128}
+    fettle.compress(model, output, parse_recipe({"name": "codes", "steps": [step]}, "bench"), evaluate=False)
+    return output
+
+
+def _block(name: str) -> int:
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _copy(source: Path, target: Path, names: set[str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, "pt") as file:
+        save_file({name: file.get_tensor(name) for name in names}, target, {"format": "pt"})
+
+
+def one(kind: str, model: Path, steps: int, length: int) -> None:
+    """The process that is measured; says its peak before the result is written, too."""
+    fields = {
+        "steps": steps, "batch_windows": 1, "windows": steps, "length": length, "held_back": 0, "warmup": 0.0,
+        "checkpoint_every": 10**6, "gradient_checkpointing": True,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        job = TrainJob(model=model, original=model, output=Path(folder) / "out", folder=Path(folder) / "run")
+        curve = train(method(kind, **fields), job)
+    print(json.dumps({"losses": curve.losses, "peak_memory_bytes": peak_memory_bytes()}))
+
+
+def main() -> None:
+    """Runs the kinds one after the other and prints one JSON line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dense", type=Path, nargs="?", help="none for the embedded model")
+    parser.add_argument("codes", type=Path, nargs="?", help="the same in codes; none for round to nearest, 4 bits")
+    parser.add_argument("--kinds", default="full,lora,qlora")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--blocks", type=int, help="of both models; none for all")
+    parser.add_argument("--one", help="a kind: train in this process (the others are started so)")
+    a = parser.parse_args()
+    if a.one:
+        one(a.one, getattr(a, KINDS[a.one]), a.steps, a.length)
+        return
+    full = None
+    with tempfile.TemporaryDirectory() as temporary:
+        dense = a.dense or resolve("demo")
+        folders = {"dense": dense, "codes": a.codes or in_codes(dense, Path(temporary) / "codes")}
+        if a.blocks:
+            folders = {k: first_blocks(v, a.blocks, Path(temporary) / f"cut-{k}") for k, v in folders.items()}
+        for kind in a.kinds.split(","):
+            command = [sys.executable, __file__, str(folders["dense"]), str(folders["codes"]), "--one", kind]
+            command += ["--steps", str(a.steps), "--length", str(a.length)]
+            started = time.monotonic()
+            found = measure(command)
+            full = found["peak_memory_bytes"] if kind == "full" else full
+            line = {
+                "name": kind, "blocks": a.blocks, "steps": a.steps, "length": a.length,
+                "seconds": round(time.monotonic() - started, 1), "peak_gb": round(found["peak_memory_bytes"] / 1e9, 3),
+                "times_full": None if full is None else round(found["peak_memory_bytes"] / full, 3),
+            }  # fmt: skip
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
