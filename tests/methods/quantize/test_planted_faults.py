@@ -1,4 +1,4 @@
-"""The oracles of gptq and awq see a planted fault: a wrong index, a wrong sign, a forgotten damping, a factor upside down.
+"""The oracles of gptq and awq see a planted fault: a wrong index or sign, a forgotten damping, a factor upside down.
 
 Each case breaks one line of the method and asks that an oracle of its own test file, unchanged, fails. Without the
 fault the same oracle passes there. Those of rotation stand in `tests/parity/test_rotation.py`.
