@@ -17,6 +17,7 @@ from fettle.tensors import Activations, Scheme, uniform
 from fettle.tensors.activations import InputScale
 
 STATIC = Activations(dynamic=False, granularity="tensor", zero_point=True)
+APART = replace(STATIC, outliers=0.01)
 
 
 @pytest.mark.parametrize("shape", [(13, 172), (1, 1), (7, 33), (64, 65)], ids=str)
@@ -24,7 +25,13 @@ STATIC = Activations(dynamic=False, granularity="tensor", zero_point=True)
 @pytest.mark.parametrize(("granularity", "group_size"), [("group", 32), ("channel", None), ("tensor", None)])
 @pytest.mark.parametrize(
     "activations",
-    [Activations(), Activations(zero_point=True), Activations(bits=4, granularity="tensor", zero_point=True), STATIC],
+    [
+        Activations(),
+        Activations(zero_point=True),
+        Activations(bits=4, granularity="tensor", zero_point=True),
+        STATIC,
+        APART,
+    ],
     ids=lambda a: a.describe(),
 )
 def test_integers_give_what_values_give(
@@ -40,7 +47,7 @@ def test_integers_give_what_values_give(
     )
     weight = random_quantized(scheme, shape)
     if scheme.has_input_scale:
-        weight = replace(weight, input_scale=InputScale.spanning(-2.0, 3.0, activations, torch.float32))
+        weight = replace(weight, input_scale=InputScale.spanning(-1.0, 1.5, activations, torch.float32))
     inputs, bias = torch.randn(2, 5, shape[1], generator=torch.Generator().manual_seed(1)) + 0.3, torch.ones(shape[0])
     state = weight.to_state("int-quantized")
     expected = reference_linear("int-quantized")(inputs, state, scheme, bias)

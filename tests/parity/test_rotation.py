@@ -157,6 +157,25 @@ def test_a_planted_wrong_index_in_the_head_rotation_is_seen(written: Written, na
     assert distance(outputs(broken), reference_output(model, IDS)) > 1e-4
 
 
+@pytest.mark.parametrize("side", ["columns", "rows"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied-biased", "gpt2"])
+def test_a_planted_wrong_sign_is_seen_in_every_tensor(written: Written, name: str, side: str) -> None:
+    """One sign of one tensor's matrix is turned: what it reads or writes no longer fits what all others do."""
+    folder, _ = written(name)
+    turned = rotated(folder)
+    expected, block = outputs(turned), read_anatomy(turned).blocks[1]
+    tensors = [tensor for tensor in block.tensors if getattr(turned.changes.get(tensor), side, None) is not None]
+    assert tensors
+    for tensor in tensors:
+        change = turned.changes[tensor]
+        matrix = getattr(change, side)
+        signs = matrix.signs.clone()
+        signs[3] *= -1
+        broken = replace(change, **{side: replace(matrix, signs=signs)})
+        found = outputs(replace(turned, changes={**turned.changes, tensor: broken}))
+        assert distance(found, expected) > 1e-4, f"a wrong sign in the {side} of {tensor} is not seen"
+
+
 def test_rows_are_read_as_the_whole_is(written: Written) -> None:
     for name in ("llama-tied-biased", "gpt2"):
         turned = rotated(written(name)[0])

@@ -29,6 +29,7 @@ CASES = {
     "static": STATIC,
     "static, symmetric": {**STATIC, "activation_asymmetric": False, "observer": "minmax"},
     "static by the recipe": {},
+    "static, outliers apart": {**STATIC, "activation_outliers": 0.01},
     "4 bits by groups": {"bits": 4, "activations": "dynamic"},
 }
 
@@ -68,7 +69,7 @@ def test_evaluation_loaded_model_and_plain_transformers_agree(
         config = json.loads((out / "config.json").read_text())["quantization_config"]
         plain = fettle.load(tiny_llama).model(ids).logits
         assert float((plain - loaded).abs().max()) > 0
-        if name == "4 bits by groups":
+        if name in ("4 bits by groups", "static, outliers apart"):
             assert config["quant_method"] == "fettle"  # 172 inputs are no whole number of groups
             return
         assert config["quant_method"] == "compressed-tensors"
@@ -148,6 +149,9 @@ def test_generation_runs(tiny_llama: Path, text_file: Path, tmp_path: Path) -> N
         ({"activation_bits": 4}, "activations is none"),
         ({"observer": "minmax"}, "activations is none"),
         ({"activations": "dynamic", "observer": "minmax"}, "found on the spot"),
+        ({"activation_outliers": 0.01}, "activations is none"),
+        ({"activations": "dynamic", "activation_outliers": 0.01}, "beyond a stored range"),
+        ({"activations": "static", "activation_outliers": 0.01, "observer": "minmax"}, "leave one of the two out"),
         ({"activations": "dynamic", "activation_granularity": "channel"}, "allowed: token, tensor, none"),
         ({"activations": "weekly"}, "allowed: none, dynamic, static"),
     ],

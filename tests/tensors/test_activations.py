@@ -55,6 +55,43 @@ def test_static_values_are_those_of_the_standard(bits: int, zero_point: bool) ->
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
+def test_what_lies_beyond_the_codes_is_kept_apart(zero_point: bool) -> None:
+    clipping = Activations(dynamic=False, zero_point=zero_point, granularity="tensor")
+    fixed = InputScale.spanning(-1.0, 1.5, clipping, torch.float32)
+    clipped = InputQuantizer(activations=clipping, fixed=fixed)
+    keeping = InputQuantizer(activations=replace(clipping, outliers=0.01), fixed=fixed)
+    inputs = torch.linspace(-3, 4, 700).reshape(7, -1)
+    codes, scale, _ = keeping.codes(inputs)
+    half = float(scale) / 2
+    assert clipped.beyond(inputs) is None
+    apart = keeping.beyond(inputs)
+    assert apart is not None
+    ends = (codes == -128) | (codes == 127)
+    assert bool((apart[~ends] == 0).all()) and bool((apart != 0).any())
+    torch.testing.assert_close(keeping(inputs), clipped(inputs) + apart)
+    # every input is as near as a code inside, and as float16 says what is left outside
+    assert float((keeping(inputs) - inputs).abs().max()) <= half * 1.001 + 4 * 2**-11
+    assert float((clipped(inputs) - inputs).abs().max()) > 1
+    huge = keeping(torch.tensor([[1e30, -1e30, 0.0]]))
+    assert bool(huge.isfinite().all())
+    assert bool(keeping(torch.tensor([[float("nan")]])).isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"outliers": 0.2}, "allowed: numbers from 0 to 0.05"),
+        ({"outliers": -0.1}, "allowed: numbers from 0"),
+        ({"outliers": 0.01, "dynamic": True}, "beyond a stored range"),
+        ({"outliers": 0.01, "grid": "float"}, "beyond a stored range"),
+    ],
+)
+def test_outliers_that_cannot_be_are_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        Activations(**{"dynamic": False, "granularity": "tensor", **fields}).validate()
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
 def test_tokens_are_independent(zero_point: bool) -> None:
     quantizer = InputQuantizer(activations=Activations(zero_point=zero_point))
     inputs = some_inputs(9, 33)
@@ -99,6 +136,9 @@ def test_a_stored_scale_is_positive_in_its_type(dtype: torch.dtype, ends: tuple[
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_scheme_and_state_come_back(zero_point: bool) -> None:
     assert SCHEME.activations is not None
+    apart = replace(SCHEME, activations=replace(SCHEME.activations, outliers=0.002))
+    assert Scheme.from_dict(apart.to_dict()) == apart
+    assert "0.2% kept apart" in apart.describe()
     scheme = replace(SCHEME, activations=replace(SCHEME.activations, zero_point=zero_point))
     assert Scheme.from_dict(scheme.to_dict()) == scheme
     assert "inputs int8 static" in scheme.describe()

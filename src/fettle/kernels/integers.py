@@ -3,6 +3,9 @@
     y[t, o] = s_t · Σ_g s_og · Σ_i (a_ti - p_t) · (w_oi - z_og) + bias_o
     Σ_i (a - p)(w - z) = Σ a·w - p·Σ w - z·Σ a + n·p·z          over the n columns i of group g
 
+What inputs have beyond the codes' ends, where that is kept apart, is sparse: its product with the weight's values is
+added in floating numbers.
+
 Only Σ a·w needs a product of matrices, of int8 codes with an int32 sum; it is exact up to 2^16 columns, and wider
 groups are summed in pieces. All other sums are one for each row or token. What is computed equals
 the reference, whose sums are of floating numbers, up to their rounding. No model runs through this yet: it
@@ -60,6 +63,10 @@ def integer_linear(inputs: Tensor, state: Mapping[str, Tensor], scheme: Scheme, 
         sums = _centred(codes[:, columns], points, weight[:, columns], zeros[:, group])
         outputs += sums.float() * scales[:, group]
     outputs *= scale
+    apart = quantizer.beyond(flat)
+    if apart is not None:
+        columns_of = torch.arange(weight.shape[1]) // width
+        outputs += apart @ ((weight.float() - zeros[:, columns_of].float()) * scales[:, columns_of]).T
     if bias is not None:
         outputs += bias.float()
     return outputs.reshape(*inputs.shape[:-1], -1).to(inputs.dtype)

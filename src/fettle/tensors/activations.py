@@ -12,6 +12,17 @@ test compares), so that its loaders compute what is measured here.
 Dynamic: low and high are those of each token (or of the whole tensor) as it comes. Static: one scale a tensor, stored
 beside the weight as `input_scale` [1] and, asymmetric, `input_zero_point` int8 [1].
 
+Outliers kept apart: a few inputs lie far beyond all others, and a stored range has to choose between their ends and
+the steps of the rest. With `outliers` the range leaves that share of the calibration text's inputs outside, and what
+such an input has beyond the end of the codes is multiplied apart, as a sparse float16 matrix:
+
+    x ≈ (clamped code - zero point) · scale + float16(x - that)        the second where x lies beyond the codes alone
+
+No range is looked for and no token waits for its largest input, as a comparison finds them. The decomposition is
+LLM.int8()'s (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), which keeps whole columns in 16 bits; here single
+inputs are, as SpQR and SqueezeLLM keep single weights. It costs about `outliers` of the product in 16 bits, and no
+format of the standard can say it.
+
 A scale for each input channel is not to be had: it stands inside the sum over the inputs, so no product of integers can
 leave it out, and folded into the weight it is a change of the weight and of what comes before, not of this scheme.
 
@@ -34,6 +45,8 @@ InputGranularity = Literal["token", "tensor"]
 InputGrid = Literal["uniform", "float"]
 FLOAT = torch.float8_e4m3fn
 SMALLEST_BITS, LARGEST_BITS = 2, 8
+MOST_OUTLIERS = 0.05  # more of them and the codes are not what multiplies
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +59,8 @@ class Activations:
         granularity: what shares a scale: a token's inputs, or all of a call.
         zero_point: whether the range is asymmetric.
         grid: "uniform" integers, or "float" for e4m3, whose steps grow with the value.
+        outliers: the share of the calibration text's inputs that lie beyond the stored range and are kept apart; 0:
+            what lies beyond is clipped.
     """
 
     dynamic: bool = True
@@ -53,6 +68,7 @@ class Activations:
     granularity: InputGranularity = "token"
     zero_point: bool = False
     grid: InputGrid = "uniform"
+    outliers: float = 0.0
 
     def validate(self) -> None:
         """Checks that the parts fit together.
@@ -80,6 +96,16 @@ class Activations:
                 f"activation_grid: float is e4m3, of 8 bits and symmetric; got activation_bits={self.bits}, "
                 f"activation_asymmetric={str(self.zero_point).lower()}. Leave both out"
             )
+        if not (isinstance(self.outliers, int | float) and 0 <= self.outliers <= MOST_OUTLIERS):
+            raise RecipeError(
+                f"activation_outliers={self.outliers!r} cannot be; allowed: numbers from 0 to {MOST_OUTLIERS}. Usual "
+                "is 0.002"
+            )
+        if self.outliers and (self.dynamic or self.grid != "uniform"):
+            raise RecipeError(
+                f"activation_outliers={self.outliers} keeps apart what lies beyond a stored range of integers; set "
+                "activations: static and activation_grid: uniform, or leave it out"
+            )
         if not self.dynamic and self.granularity == "token":
             raise RecipeError(
                 "a stored scale cannot be for tokens that nobody has seen yet; use activation_granularity: tensor with "
@@ -103,7 +129,8 @@ class Activations:
         plain = {
             "dynamic": self.dynamic, "bits": self.bits, "granularity": self.granularity, "zero_point": self.zero_point,
         }  # fmt: skip
-        return plain if self.grid == "uniform" else plain | {"grid": self.grid}
+        plain |= {} if self.grid == "uniform" else {"grid": self.grid}
+        return plain | ({"outliers": self.outliers} if self.outliers else {})
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Activations:
@@ -112,7 +139,7 @@ class Activations:
         Raises:
             RecipeError: an unknown key, or parts that do not fit together.
         """
-        allowed = ("dynamic", "bits", "granularity", "zero_point", "grid")
+        allowed = ("dynamic", "bits", "granularity", "zero_point", "grid", "outliers")
         for key in mapping:
             if key not in allowed:
                 raise RecipeError(unknown_word("key of activations", str(key), allowed))
@@ -122,6 +149,7 @@ class Activations:
             granularity=cast(InputGranularity, mapping.get("granularity", "token")),
             zero_point=bool(mapping.get("zero_point", False)),
             grid=cast(InputGrid, mapping.get("grid", "uniform")),
+            outliers=mapping.get("outliers", 0.0),
         )
         found.validate()
         return found
@@ -130,7 +158,8 @@ class Activations:
         """For people: "inputs int8 a token" or "inputs int8 static, zero point"."""
         how = f"a {self.granularity}" if self.dynamic else "static"
         kind = "int" if self.grid == "uniform" else "float"
-        return f"inputs {kind}{self.bits} {how}{', zero point' if self.zero_point else ''}"
+        apart = f", {100 * self.outliers:g}% kept apart" if self.outliers else ""
+        return f"inputs {kind}{self.bits} {how}{', zero point' if self.zero_point else ''}{apart}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,10 +225,24 @@ class InputQuantizer:
         scale, point = self._ranges(wide)
         return self.activations.round_((wide / scale).add_(point)), scale, point
 
+    def beyond(self, inputs: Tensor) -> Tensor | None:
+        """What inputs [..., in] have beyond the codes' ends, float32, rounded to float16; zero inside. None: it is
+        clipped.
+        """
+        if not self.activations.outliers:
+            return None
+        wide = inputs.float()
+        scale, point = self._ranges(wide)
+        low, high = ((end - point) * scale for end in self.activations.levels)
+        apart = wide - wide.clamp(low, high)
+        inside = (wide >= low - scale / 2) & (wide <= high + scale / 2)  # whose nearest code is one
+        return apart.masked_fill_(inside, 0).clamp_(-LARGEST_FLOAT16, LARGEST_FLOAT16).half().float()
+
     def values(self, inputs: Tensor) -> Tensor:
-        """The values that the codes stand for, in the inputs' type."""
+        """The values that the codes stand for, with what is kept apart, in the inputs' type."""
         codes, scale, point = self.codes(inputs)
-        return codes.sub_(point).mul_(scale).to(inputs.dtype)
+        values, apart = codes.sub_(point).mul_(scale), self.beyond(inputs)
+        return (values if apart is None else values.add_(apart)).to(inputs.dtype)
 
     def _ranges(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for float32 inputs [..., in]."""

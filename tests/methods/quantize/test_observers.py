@@ -128,3 +128,14 @@ def test_every_observer_gives_a_scale_for_every_histogram(name: str, activations
         assert float(fixed.scale) > 0
         assert fixed.scale.dtype == torch.bfloat16
         assert (fixed.zero_point is not None) == activations.zero_point
+
+
+@pytest.mark.parametrize("share", [0.01, 0.04])
+def test_the_share_that_is_kept_apart_lies_outside_the_range(share: float) -> None:
+    everything = torch.cat([window.flatten() for window in windows()])
+    histogram = seen(windows())
+    activations = Activations(dynamic=False, granularity="tensor", zero_point=True, outliers=share)
+    fixed = observe(histogram.to_tensor(), "mse", activations, torch.float32)
+    apart = InputQuantizer(activations=activations, fixed=fixed).beyond(everything)
+    assert apart is not None
+    assert float((apart != 0).float().mean()) == pytest.approx(share, rel=0.2)

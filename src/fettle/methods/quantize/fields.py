@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fettle.errors import RecipeError
 from fettle.methods.quantize.observers import Observer, observe
-from fettle.tensors.activations import LARGEST_BITS, SMALLEST_BITS, Activations, InputGrid, InputScale
+from fettle.tensors.activations import LARGEST_BITS, MOST_OUTLIERS, SMALLEST_BITS, Activations, InputGrid, InputScale
 from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
@@ -59,6 +59,13 @@ class GridFields:
         default="mse", metadata={"help": "how a static input scale is found on the calibration text"}
     )
     activation_asymmetric: bool = field(default=False, metadata={"help": "a zero point for the inputs, too"})
+    activation_outliers: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of inputs that a static range leaves outside and that are multiplied in 16 bits; 0 clips",
+            "minimum": 0.0, "maximum": MOST_OUTLIERS,
+        },
+    )  # fmt: skip
 
     def validate(self) -> None:
         """Checks that the fields fit together.
@@ -75,6 +82,7 @@ class GridFields:
             "activation_granularity",
             "activation_grid",
             "activation_asymmetric",
+            "activation_outliers",
             "observer",
         ):
             default = next(found.default for found in fields(self) if found.name == name)
@@ -87,6 +95,11 @@ class GridFields:
             raise RecipeError(
                 f"observer={self.observer!r} finds a stored scale, and a dynamic one is found on the spot; set "
                 "activations: static, or leave it out"
+            )
+        if self.activation_outliers and self.observer != "mse":
+            raise RecipeError(
+                f"observer={self.observer!r} chooses a range, and activation_outliers={self.activation_outliers} says "
+                "which: leave one of the two out"
             )
         self.scheme("float32")
 
@@ -124,4 +137,5 @@ class GridFields:
             granularity=self.activation_granularity or ("token" if dynamic else "tensor"),
             zero_point=self.activation_asymmetric,
             grid=self.activation_grid,
+            outliers=self.activation_outliers,
         )

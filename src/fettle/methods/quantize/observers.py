@@ -10,6 +10,9 @@ inputs' cuts outliers off and makes the steps for all others finer.
     mse              argmin Σ n_i · (x_i - Q(x_i))²                         Sung et al. 2015, arXiv 1511.06488
     entropy          argmin KL(P ‖ Q)                                       Migacz 2017, "8-bit inference with TensorRT"
 
+Where a share of the inputs is kept apart (`Activations.outliers`), the range leaves that share outside, as percentile
+leaves one in ten thousand, and no observer is asked.
+
 mse and entropy look through parts of the whole range, 1/100 to 1, with one factor for both ends. x_i is the middle of
 bin i and n_i its count; Q rounds to the codes. For entropy, P is the histogram with what lies outside moved into its
 last bins, and Q the histogram inside, where each code's counts are spread evenly over its bins that are not empty.
@@ -47,8 +50,13 @@ def moving_average(seen: Histogram, activations: Activations) -> Range:
 
 def percentile(seen: Histogram, activations: Activations) -> Range:
     """The ends within which all but one in ten thousand lie; half of that is cut off on either side."""
+    return leaving(seen, 1 - KEPT)
+
+
+def leaving(seen: Histogram, share: float) -> Range:
+    """The ends within which all but this share of the inputs lie; half of it is outside on either side."""
     below = seen.counts.double().cumsum(0)
-    cut, total = (1 - KEPT) / 2, float(below[-1])
+    cut, total = share / 2, float(below[-1])
     edges = torch.cat((seen.centres - seen.reach / len(below), seen.centres[-1:] + seen.reach / len(below)))
     first = int((below <= cut * total).sum())  # bins that may go as a whole
     last = int((below < (1 - cut) * total).sum())
@@ -96,7 +104,12 @@ OBSERVERS: dict[str, Callable[[Histogram, Activations], Range]] = {
 def observe(seen: Tensor, name: str, activations: Activations, dtype: torch.dtype) -> InputScale:
     """The scale for inputs with this histogram (`Histogram.to_tensor`), stored as `dtype`."""
     histogram = Histogram.from_tensor(seen)
-    ends = OBSERVERS[name](histogram, activations) if histogram.reach > 0 else (0.0, 0.0)
+    if histogram.reach == 0:
+        ends = (0.0, 0.0)
+    elif activations.outliers:
+        ends = leaving(histogram, activations.outliers)
+    else:
+        ends = OBSERVERS[name](histogram, activations)
     return InputScale.spanning(*ends, activations, dtype)
 
 

@@ -76,6 +76,10 @@ def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, st
             scheme.activations is not None and scheme.zero_point and storage == "pack-quantized",
             f"transformers cannot load packed zero points ({name}) and quantize inputs as well",
         ),
+        (
+            scheme.activations is not None and scheme.activations.outliers > 0,
+            f"the standard has no word for inputs that are kept apart ({name})",
+        ),
     )
     return next((why for holds, why in obstacles if holds), None)
 
