@@ -25,6 +25,7 @@ import fettle
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.source import resolve
+from fettle.models.view import parameter_count
 from fettle.pipeline.recipe import parse_recipe
 from fettle.pipeline.run import prepare
 
@@ -40,7 +41,7 @@ def shape_figures(checkpoint: Checkpoint) -> dict[str, float]:
     used = sum(x.parameters * (share if x.expert is not None else 1) for x in anatomy.linears())
     head = anatomy.head.parameters if anatomy.head is not None else 0
     return {
-        "parameters": sum(math.prod(e.shape) for e in checkpoint.entries.values() if not e.is_buffer),
+        "parameters": parameter_count(checkpoint),
         "flops_a_token": 2 * (used + head),
         "tensor_bytes": checkpoint.nbytes,
     }
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument("--calibration")
     parser.add_argument("--text")
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--no-speed", action="store_true")
     asked = parser.parse_args()
     base = resolve(asked.model)
@@ -95,7 +97,7 @@ def main() -> int:
             planned = shape_figures(prepare(base, recipe).checkpoint)
             made = fettle.compress(base, Path(temporary) / "out", recipe, evaluate=False)
             reference = None if any(step["method"] == "trim_vocabulary" for step in steps) else base
-            found = fettle.evaluate(made.folder, reference=reference, text=asked.text, max_tokens=16384)
+            found = fettle.evaluate(made.folder, reference=reference, text=asked.text, max_tokens=asked.tokens)
             line: dict[str, Any] = {
                 "step": words, "reshaped": made.summary["reshaped"],
                 "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity,

@@ -243,7 +243,7 @@ def test_an_allocation_takes_embedding_and_head_along(
         gone += linear.parameters - scheme.kept_count(linear.shape)
     assert abs(gone - 0.4 * weights) <= len(outside)  # those that nothing is known of are rounded alone
     share = stored[outside[0].name].scheme.sparsity
-    known = allocation != "sensitivity" and (shared or method == "magnitude" and allocation == "global")
+    known = allocation != "sensitivity" and (shared or (method == "magnitude" and allocation == "global"))
     assert (abs(share - 0.4) > 1e-4) == known
 
 

@@ -25,6 +25,8 @@ def _shape(step: Mapping[str, Any]) -> str:
     words = []
     if step.get("dropped"):
         words.append("without blocks " + ", ".join(map(str, step["dropped"])))
+    if step.get("shared"):
+        words.append("one set of matrices for blocks " + ", ".join("+".join(map(str, x)) for x in step["shared"]))
     kept = step.get("kept")
     if isinstance(kept, Mapping) and "neurons" in kept:
         neurons = ", ".join(str(width) for width in kept["neurons"].values())

@@ -24,6 +24,7 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.config_file import check_token_ids, read_json
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter
 from fettle.models.parts import Linear
+from fettle.models.shared_tensors import is_part
 from fettle.models.source import resolve
 from fettle.models.storage import StoredScheme, read_input_quantizer, read_quantized, read_weight, stored_schemes
 
@@ -117,7 +118,7 @@ class _Filler:
             done.add(linear.name)
         for name in self.checkpoint.entries:
             owner, _, leaf = name.rpartition(".")
-            if not (owner in done and leaf.startswith(("weight", "input_"))):
+            if not is_part(name) and not (owner in done and leaf.startswith(("weight", "input_"))):
                 self._place_other(name)
         self._tie()
         empty = [name for name, parameter in self.tree.named_parameters() if parameter.is_meta]

@@ -65,6 +65,7 @@ def reshape(
     """
     decided = []
     for method in methods:
+        require_unshared(checkpoint)
         windows = cut(_require_tokenizer(checkpoint)).ids if method.needs() else ()
         subject = Subject(
             checkpoint=checkpoint, anatomy=anatomy, windows=windows, workers=workers, device=device,
@@ -77,6 +78,15 @@ def reshape(
         anatomy = read_anatomy(checkpoint)  # compares every shape with the new configuration
         decided.append({**found.decided, "parameters_before": before, "parameters": parameter_count(checkpoint)})
     return Reshaping(checkpoint=checkpoint, anatomy=anatomy, decided=tuple(decided))
+
+
+def require_unshared(checkpoint: Checkpoint) -> None:
+    """Raises RecipeError for a step behind one that stores matrices of several blocks once."""
+    if checkpoint.shared:
+        raise RecipeError(
+            "share_blocks stores the matrices of several blocks once, and a step behind it would give each block its "
+            "own again; let it come last, or store a copy for every block with written_out: true"
+        )
 
 
 def _used_tokens(checkpoint: Checkpoint, text: Callable[[], str]) -> list[int]:

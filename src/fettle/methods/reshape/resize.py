@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from fettle.errors import RecipeError
-from fettle.methods.reshape.block_scores import mean_loss
+from fettle.methods.reshape.block_scores import model_loss
 from fettle.methods.reshape.drop_layers import DropLayers
 from fettle.methods.reshape.drop_layers import Score as BlockScore
 from fettle.methods.reshape.narrow import Narrow
@@ -67,7 +67,7 @@ class Resize:
                 continue  # too deep for any width
             if found is None:
                 break  # so few blocks that nothing is left to narrow: fewer would only be worse
-            loss = _loss(subject, found)
+            loss = model_loss(replace(subject, checkpoint=found.view, anatomy=read_anatomy(found.view)))
             tried.append(
                 {**found.decided, "parameters": parameter_count(found.view), "loss": loss, "perplexity": math.exp(loss)}
             )
@@ -96,15 +96,3 @@ class Resize:
             return None if widest <= limit else Reshaped(view=view, decided={**dropped, "kept": None})
         narrowed = Narrow(parameters=f"{share:.12f}x", score=self.score, multiple=self.multiple).reshape(current)
         return Reshaped(view=narrowed.view, decided={**dropped, "kept": narrowed.decided["kept"]})
-
-
-def _loss(subject: Subject, found: Reshaped) -> float:
-    """Mean loss of a candidate on the text, nats a token."""
-    candidate = replace(subject, checkpoint=found.view, anatomy=read_anatomy(found.view))
-    skeleton, hidden = candidate.skeleton()
-    for index in range(len(candidate.anatomy.blocks)):
-        skeleton.load_block(index)
-        hidden = candidate.run_block(skeleton, index, hidden)
-        skeleton.free_block(index)
-    skeleton.load_head()
-    return mean_loss(candidate, skeleton, hidden)

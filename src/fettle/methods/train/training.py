@@ -24,6 +24,7 @@ from fettle.methods.train.outputs import Observed
 from fettle.methods.train.processes import is_main_process, process_group
 from fettle.methods.train.teachers import Live, Several, Teacher, keep_answers, read_answers, require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, training_text
+from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel, load
 from fettle.models.source import resolve
 from fettle.progress import Progress, Silent
@@ -104,6 +105,11 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         UsageError: no tokenizer, another tokenizer than the teacher's, a text that is too short.
         NonFiniteError: a loss that is NaN or infinite.
     """
+    if Checkpoint.open(resolve(job.model)).shared:
+        raise UsageError(
+            f"{job.model} stores the matrices of several blocks once, and a training would give each its own again; "
+            "train before share_blocks, or share with written_out: true"
+        )
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
     loop, signals = cast(LoopFields, method), cast(SignalFields, method)
