@@ -10,7 +10,7 @@ weight is checked for NaN and infinity. Cost: one read of the files for the hash
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,23 @@ def load(
     checkpoint = Checkpoint.open(folder)
     if verify:
         checkpoint.verify_hashes()
+    found = load_checkpoint(checkpoint, device=device, dtype=dtype, generic=generic, dense=dense)
+    return replace(found, model=_with_generation_settings(found.model, folder), tokenizer=_tokenizer(folder))
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    generic: bool = False,
+    dense: bool = False,
+) -> LoadedModel:
+    """The same for a checkpoint that is open, or a view of one, without tokenizer and settings for generation."""
     anatomy = read_anatomy(checkpoint, generic=generic)
     tree = build_tree(checkpoint, anatomy, dtype, device)
     _Filler(checkpoint, anatomy, tree, torch.device(device), dtype, dense).fill()
-    return LoadedModel(_with_generation_settings(tree, folder), _tokenizer(folder), anatomy, folder)
+    return LoadedModel(tree, None, anatomy, checkpoint.folder)
 
 
 def _tokenizer(folder: Path) -> Any:

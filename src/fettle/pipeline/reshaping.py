@@ -17,6 +17,7 @@ import torch
 
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Windows
+from fettle.engine.step_seconds import step_seconds
 from fettle.errors import RecipeError
 from fettle.methods.reshape.subject import ModelMethod, Subject
 from fettle.models.anatomy import Anatomy, read_anatomy
@@ -69,7 +70,7 @@ def reshape(
         windows = cut(_require_tokenizer(checkpoint)).ids if method.needs() else ()
         subject = Subject(
             checkpoint=checkpoint, anatomy=anatomy, windows=windows, workers=workers, device=device,
-            used_tokens=partial(_used_tokens, checkpoint, text),
+            used_tokens=partial(_used_tokens, checkpoint, text), measure=partial(step_seconds, threads=workers.threads),
         )  # fmt: skip
         with workers, torch.no_grad():
             found = method.reshape(subject)

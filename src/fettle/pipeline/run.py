@@ -133,6 +133,9 @@ def prepare(
         "tokenizer": tokenizer_hashes(folder) if windows is not None or recipe.reshaping else None,
         "versions": {name: versions()[name] for name in ("fettle", "torch", "transformers")},
     }
+    timed = [{"kept": x.get("kept"), "dropped": x.get("dropped")} for x in shaped.decided if "pieces" in x]
+    if timed:  # times are not the same twice: what is written goes on only where they say the same again
+        identity["shape"] = timed
     return Run(
         model=display_name(model), asked=str(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe,
         layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
