@@ -100,7 +100,7 @@ def widths_within(subject: Subject, limits: Limits, hidden: int, multiple: int) 
     found: list[tuple[float, Widths]] = []
     for kept in range(1, full.heads.kv_heads + 1) if free else (full.heads.kv_heads,):
         widths = _most_neurons(subject, limits, full, kept / full.heads.kv_heads, hidden, multiple)
-        if widths is not None and (limits.pieces is None or widths.heads.kv_heads in limits.pieces.heads):
+        if widths is not None and widths not in (known for _, known in found):
             kept_heads = widths.heads.heads / full.heads.heads
             found.append((abs(min(widths.neurons.values()) / min(widths.neurons) - kept_heads), widths))
     return [widths for _, widths in sorted(found, key=lambda pair: pair[0])]

@@ -1,7 +1,7 @@
 """Depth and widths together: every depth that can meet a target, with the widths that then meet it; the best of them.
 
-    for each number of blocks that go, from none on:   drop them (drop_layers), narrow the others to the target (narrow):
-                                                       the pairs of heads and neurons whose shares are most even
+    for each number of blocks that go, from none on:   drop them (drop_layers), narrow the others to the target
+                                                       (narrow): the pairs of heads and neurons that are most even
     each candidate runs over the text; the one with the least loss is taken
 
 The target is a share of the parameters, or of the time that a step takes on this machine (`latency.py`), or both.
