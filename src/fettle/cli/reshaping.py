@@ -17,10 +17,9 @@ def reshaping_table(step: Mapping[str, Any]) -> Table:
     for one in step.get("candidates", ()):
         share, loss = f"{one['parameters'] / before:.3f}", f"{one['perplexity']:.3f}"
         rows.append(("  tried", _shape(one), f"{one['parameters']:,}", share, loss, _time(one)))
-    heads = ("step", "shape", "parameters", "share", "perplexity, calibration", "ms a step, predicted")
-    if "predicted_ms" not in step:
-        rows, heads = [row[:-1] for row in rows], heads[:-1]
-    return table("", heads, rows, right=(2, 3, 4, 5)[: len(heads) - 2])
+    names = ["step", "shape", "parameters", "share", "perplexity, calibration", "ms a step, predicted"]
+    shown = len(names) if "predicted_ms" in step else len(names) - 1
+    return table("", names[:shown], [row[:shown] for row in rows], right=tuple(range(2, shown)))
 
 
 def _time(step: Mapping[str, Any]) -> str:

@@ -124,7 +124,7 @@ def prepare(
     recipe_fields["calibration"].pop("text", None)  # the text's hash says what it is; its path may change
     with workers:
         hashes = checkpoint.file_hashes()
-    identity = {
+    identity: dict[str, Any] = {
         "model": hashes,
         "recipe": recipe_fields,
         "text": text.sha256 if text is not None else None,

@@ -107,7 +107,8 @@ class Resize:
     def _candidates(self, subject: Subject, limits: Limits) -> Iterator[Reshaped]:
         """Every depth with its most even widths, up to the first that fewer blocks alone bring within the limits."""
         for drop in range(len(subject.anatomy.blocks)):
-            current, dropped = subject, {"dropped": []}
+            current = subject
+            dropped: dict[str, Any] = {"dropped": []}
             if drop:
                 shallower = DropLayers(drop=drop, by=self.by).reshape(subject)
                 dropped = {"dropped": shallower.decided["dropped"]}
