@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 import fettle
+from fettle.engine.step_seconds import step_seconds
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.source import resolve
+from fettle.models.view import parameter_count
 from fettle.pipeline.recipe import parse_recipe
 from fettle.pipeline.run import prepare
 
@@ -40,7 +42,7 @@ def shape_figures(checkpoint: Checkpoint) -> dict[str, float]:
     used = sum(x.parameters * (share if x.expert is not None else 1) for x in anatomy.linears())
     head = anatomy.head.parameters if anatomy.head is not None else 0
     return {
-        "parameters": sum(math.prod(e.shape) for e in checkpoint.entries.values() if not e.is_buffer),
+        "parameters": parameter_count(checkpoint),
         "flops_a_token": 2 * (used + head),
         "tensor_bytes": checkpoint.nbytes,
     }
@@ -71,6 +73,19 @@ def tokens_a_second(folders: list[Path], vocabulary: int) -> list[dict[str, floa
     return [{"read": READ / found["read"], "write": WRITE / found["write"]} for found in best]
 
 
+def step_milliseconds(folders: list[Path], told: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
+    """A step of the original and of the result on the engine that the step measured, in turn, beside its prediction."""
+    engine, tokens = step.get("latency_engine", "native"), step.get("latency_tokens", 1)
+    best = [math.inf, math.inf]
+    for _ in range(ROUNDS):
+        for place, folder in enumerate(folders):
+            best[place] = min(best[place], 1e3 * step_seconds(Checkpoint.open(folder), engine=engine, tokens=tokens))
+    return {
+        "predicted": told["predicted_ms"], "predicted_share": told["predicted_ms"] / told["original_ms"],
+        "measured": best[1], "measured_share": best[1] / best[0], "original": best[0],
+    }  # fmt: skip
+
+
 def main() -> int:
     """Compresses, measures and prints."""
     parser = argparse.ArgumentParser()
@@ -79,6 +94,7 @@ def main() -> int:
     parser.add_argument("--calibration")
     parser.add_argument("--text")
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--no-speed", action="store_true")
     asked = parser.parse_args()
     base = resolve(asked.model)
@@ -95,7 +111,7 @@ def main() -> int:
             planned = shape_figures(prepare(base, recipe).checkpoint)
             made = fettle.compress(base, Path(temporary) / "out", recipe, evaluate=False)
             reference = None if any(step["method"] == "trim_vocabulary" for step in steps) else base
-            found = fettle.evaluate(made.folder, reference=reference, text=asked.text, max_tokens=16384)
+            found = fettle.evaluate(made.folder, reference=reference, text=asked.text, max_tokens=asked.tokens)
             line: dict[str, Any] = {
                 "step": words, "reshaped": made.summary["reshaped"],
                 "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity,
@@ -110,6 +126,9 @@ def main() -> int:
                 original, ours = tokens_a_second([base, made.folder], rows.shape[0] if rows is not None else 4)
                 line["tokens_a_second"] = {"original": original, "result": ours}
                 line["times_faster"] = {kind: ours[kind] / original[kind] for kind in ours}
+            timed = [step for step in line["reshaped"] if "predicted_ms" in step]
+            if timed:
+                line["step_ms"] = step_milliseconds([base, made.folder], timed[-1], steps[-1])
             for step in line["reshaped"]:
                 step.pop("scores", None)
             print(json.dumps(line), flush=True)

@@ -107,6 +107,23 @@ def test_a_chain_stopped_in_its_last_stage_gives_the_same_bytes(
     assert found.evaluation.kl_mean is not None
 
 
+def test_a_chain_that_trims_the_vocabulary_is_measured_in_bits_a_byte(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "few.txt"
+    text.write_text("the quick brown fox\n" * 200, encoding="utf-8")
+    recipe = {
+        "name": "trim", "calibration": {"text": str(text), "windows": 2, "length": 32},
+        "steps": [{"method": "trim_vocabulary"}],
+    }  # fmt: skip
+    made = fettle.train(tiny_llama, tmp_path / "out", chain(text, {"train": "distill"}, {"compress": recipe}))
+    assert made.evaluation is not None
+    assert made.evaluation.kl_mean is None
+    alone = fettle.evaluate(tiny_llama, max_tokens=made.evaluation.tokens)
+    assert made.evaluation.reference_bits_per_byte is not None
+    assert made.evaluation.bits_per_byte is not None
+    assert alone.bits_per_byte == pytest.approx(made.evaluation.reference_bits_per_byte, rel=0.05)
+    assert made.evaluation.bits_per_byte != made.evaluation.reference_bits_per_byte
+
+
 def test_another_chain_is_refused_in_the_same_place(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fettle.train(tiny_llama, out, chain(text_file, {"train": "distill"}), evaluate=False)

@@ -203,14 +203,57 @@ def test_what_cannot_be_is_refused_before_any_work(
         fettle.plan(tiny_llama, recipe_of(text_file, step, **keys))
 
 
-def test_a_tied_matrix_is_pruned_on_both_sides_or_not_at_all(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    tied = tmp_path / "tied"
-    shutil.copytree(tiny_llama, tied)
-    config = json.loads((tied / "config.json").read_text())
-    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    tensors = load_file(tied / "model.safetensors")
+@pytest.fixture
+def tied(tiny_llama: Path, tmp_path: Path) -> Path:
+    """The tiny model with one matrix for embedding and head."""
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
-    save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [("magnitude", "global"), ("wanda", "global"), ("magnitude", "outliers"), ("magnitude", "sensitivity")],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_allocation_takes_embedding_and_head_along(
+    request: pytest.FixtureRequest, text_file: Path, tmp_path: Path, method: str, allocation: str, shared: bool
+) -> None:
+    model = request.getfixturevalue("tied" if shared else "tiny_llama")
+    where = {"role": ["embedding", "head", "query", "down"]}
+    step = {"method": method, "pattern": "layer", "sparsity": 0.4, "where": where}
+    recipe = recipe_of(text_file, step, allocation=allocation)
+    fettle.compress(model, tmp_path / "out", recipe, evaluate=False)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    anatomy = read_anatomy(checkpoint)
+    assert anatomy.embedding is not None
+    assert anatomy.head is not None
+    outside = [anatomy.embedding] if shared else [anatomy.embedding, anatomy.head]
+    pruned = [linear for linear in (*anatomy.linears(), *outside) if linear.role in where["role"]]
+    stored = stored_schemes(checkpoint, anatomy)
+    gone, weights = 0, sum(linear.parameters for linear in pruned)
+    for linear in pruned:
+        scheme = stored[linear.name].scheme
+        assert isinstance(scheme, MaskedScheme)
+        gone += linear.parameters - scheme.kept_count(linear.shape)
+    assert abs(gone - 0.4 * weights) <= len(outside)  # those that nothing is known of are rounded alone
+    share = stored[outside[0].name].scheme.sparsity
+    known = allocation != "sensitivity" and (shared or (method == "magnitude" and allocation == "global"))
+    assert (abs(share - 0.4) > 1e-4) == known
+
+
+def test_an_allocation_by_gradients_refuses_what_has_none(tied: Path, text_file: Path, tmp_path: Path) -> None:
+    step = {"method": "taylor", "pattern": "layer", "where": {"role": ["embedding", "head"]}}
+    with pytest.raises(RecipeError, match="outside the blocks"):
+        fettle.compress(tied, tmp_path / "out", recipe_of(text_file, step, allocation="global"))
+
+
+def test_a_tied_matrix_is_pruned_on_both_sides_or_not_at_all(tied: Path, text_file: Path, tmp_path: Path) -> None:
     one = recipe_of(text_file, {"method": "magnitude", "where": {"role": "head"}})
     with pytest.raises(RecipeError, match="are one matrix, and the recipe prunes one side"):
         fettle.plan(tied, one)

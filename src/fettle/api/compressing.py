@@ -19,6 +19,7 @@ from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.engine.prompts import checked_prompt
 from fettle.errors import UsageError
+from fettle.evaluate.apart import beside
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
@@ -251,11 +252,7 @@ def _measure_apart(run: Run, output: Path, progress: Progress) -> dict[str, Any]
         )
         for folder in (output, run.checkpoint.folder)
     )  # fmt: skip
-    return dataclasses.replace(
-        measured, reference_perplexity=original.perplexity, reference_bits_per_byte=original.bits_per_byte,
-        reference_perplexity_standard_error=original.perplexity_standard_error, reference_bytes=original.bytes,
-        reference_model_bits_per_weight=original.model_bits_per_weight, reference_hashes=original.model_hashes,
-    ).to_json()  # fmt: skip
+    return beside(measured, original).to_json()
 
 
 def _sample_kl(run: Run, output: Path, choice: Choice) -> float | None:

@@ -23,6 +23,7 @@ from fettle.api.compressing import EVALUATION_TOKENS, compress
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.errors import UsageError
+from fettle.evaluate.apart import beside, same_tokens
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
@@ -268,11 +269,20 @@ def _compress(
 def _measure(
     folder: Path, output: Path, checkpoint: Checkpoint, device: str, generic: bool, progress: Progress
 ) -> Evaluation:
-    """On held-out text, against the model that the chain began with; a student may have fewer blocks than that."""
-    length = min(512, context_length(checkpoint.config) or 512)
-    text = read_text(None, variant="heldout")
-    windows = evaluation_windows(load_tokenizer(output), text, length=length, max_tokens=EVALUATION_TOKENS)
-    return evaluate_streaming(output, folder, windows, device=device, generic=generic, reshaped=True, progress=progress)
+    """On held-out text, against the model that the chain began with; a student may have fewer blocks than that, and
+    one whose vocabulary was trimmed other tokens: then each is measured alone.
+    """
+    length, text = min(512, context_length(checkpoint.config) or 512), read_text(None, variant="heldout")
+
+    def measured(model: Path, reference: Path | None) -> Evaluation:
+        windows = evaluation_windows(load_tokenizer(model), text, length=length, max_tokens=EVALUATION_TOKENS)
+        return evaluate_streaming(
+            model, reference, windows, device=device, generic=generic, reshaped=True, progress=progress
+        )
+
+    if same_tokens(output, folder, generic=generic):
+        return measured(output, folder)
+    return beside(measured(output, None), measured(folder, None))
 
 
 def _summary(

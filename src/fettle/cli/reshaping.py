@@ -13,11 +13,21 @@ from fettle.cli.output import table
 def reshaping_table(step: Mapping[str, Any]) -> Table:
     """One step of a summary's `reshaped`."""
     before, after = step["parameters_before"], step["parameters"]
-    rows = [(step["method"], _shape(step), f"{after:,}", f"{after / before:.3f}", "")]
+    rows = [(step["method"], _shape(step), f"{after:,}", f"{after / before:.3f}", "", _time(step))]
     for one in step.get("candidates", ()):
-        share = f"{one['parameters'] / before:.3f}"
-        rows.append(("  tried", _shape(one), f"{one['parameters']:,}", share, f"{one['perplexity']:.3f}"))
-    return table("", ("step", "shape", "parameters", "share", "perplexity, calibration"), rows, right=(2, 3, 4))
+        share, loss = f"{one['parameters'] / before:.3f}", f"{one['perplexity']:.3f}"
+        rows.append(("  tried", _shape(one), f"{one['parameters']:,}", share, loss, _time(one)))
+    names = ["step", "shape", "parameters", "share", "perplexity, calibration", "ms a step, predicted"]
+    shown = len(names) if "predicted_ms" in step else len(names) - 1
+    return table("", names[:shown], [row[:shown] for row in rows], right=tuple(range(2, shown)))
+
+
+def _time(step: Mapping[str, Any]) -> str:
+    """The predicted time of a step, of the original's where that is known."""
+    if "predicted_ms" not in step:
+        return ""
+    before = f" of {step['original_ms']:.3f}" if "original_ms" in step else ""
+    return f"{step['predicted_ms']:.3f}{before}"
 
 
 def _shape(step: Mapping[str, Any]) -> str:
@@ -25,6 +35,8 @@ def _shape(step: Mapping[str, Any]) -> str:
     words = []
     if step.get("dropped"):
         words.append("without blocks " + ", ".join(map(str, step["dropped"])))
+    if step.get("shared"):
+        words.append("one set of matrices for blocks " + ", ".join("+".join(map(str, x)) for x in step["shared"]))
     kept = step.get("kept")
     if isinstance(kept, Mapping) and "neurons" in kept:
         neurons = ", ".join(str(width) for width in kept["neurons"].values())

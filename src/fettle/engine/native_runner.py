@@ -64,13 +64,31 @@ class NativeRunner:
             UsageError: there is no native data plane here, it lacks a part of this model, or a number cannot be.
             CheckpointError: damaged files.
         """
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.verify_hashes()
+        return cls.of(
+            checkpoint, pages=pages, page_size=page_size, threads=threads, integer=integer, cache_type=cache_type,
+            kernels=kernels,
+        )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        pages: int,
+        page_size: int = 16,
+        threads: int | None = None,
+        integer: bool = True,
+        cache_type: CacheType = "float16",
+        kernels: str = "",
+    ) -> NativeRunner:
+        """The same for a checkpoint that is open, or a view of one."""
         if min(pages, page_size) < 1 or (threads is not None and threads < 1):
             raise UsageError(f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1")
         if cache_type not in ("float16", "float32"):
             raise UsageError(unknown_word("cache type", str(cache_type), ("float16", "float32")))
         native = plane()
-        checkpoint = Checkpoint.open(folder)
-        checkpoint.verify_hashes()
         pool = native.Pool(threads or default_threads())
         reader = TableReader(checkpoint, read_anatomy(checkpoint), pool)
         decoder = native.Decoder(reader.read(), pages, page_size, cache_type, pool, integer, kernels)

@@ -35,6 +35,7 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of
 from fettle.models.parts import Block, Linear
 from fettle.models.rotary import Rotary, read_rotary
+from fettle.models.shared_tensors import is_part
 from fettle.models.storage import StoredScheme, read_quantized, stored_schemes
 from fettle.tensors.masked import MaskedTensor
 from fettle.tensors.quantized import QuantizedTensor
@@ -88,6 +89,8 @@ class TableReader:
         self.config: Any = self.tree.config
         self.sizes = read_sizes(self.config, anatomy)
         self.rotary: Rotary | None = read_rotary(self.tree)
+        self._tied = frozenset(checkpoint.shared.values())
+        self._kept: dict[tuple[str, tuple[int, ...] | None], Matrix] = {}
 
     def read(self) -> dict[str, Any]:
         """The table; see native/bindings/decoders.cpp for its keys.
@@ -182,6 +185,16 @@ class TableReader:
         return {"matrix": self._matrix(linear, rows), "bias": self._bias(linear, rows)}
 
     def _matrix(self, linear: Linear, rows: Sequence[int] | None = None) -> Matrix:
+        """The matrix in the kernels' layout; one that several blocks share is in memory once."""
+        source = self.checkpoint.shared.get(linear.weight_name, linear.weight_name)
+        if is_part(source) or source not in self._tied:
+            return self._laid_out(linear, rows)
+        key = source, None if rows is None else tuple(rows)
+        if key not in self._kept:
+            self._kept[key] = self._laid_out(linear, rows)
+        return self._kept[key]
+
+    def _laid_out(self, linear: Linear, rows: Sequence[int] | None) -> Matrix:
         stored = self.stored.get(linear.name)
         if stored is not None:
             found = self._codes(linear, stored)

@@ -5,8 +5,9 @@ Two numbers, because one of them always flatters:
     bits_per_weight        8 · (codes + scales + zero points + shape tensors) / weights of the linears stored as codes
     model_bits_per_weight  8 · bytes of every tensor in the files / parameters of the whole model
 
-A matrix that two names share (a tied head) counts once. Old checkpoints carry buffers beside the parameters (causal
-masks, rotary frequencies, position ids): their bytes are stored, so they count as bytes; they are no parameters.
+A matrix that several names share (a tied head, tied blocks) counts once. Old checkpoints carry buffers beside the
+parameters (causal masks, rotary frequencies, position ids): their bytes are stored, so they count as bytes; they are no
+parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def measure_size(checkpoint: Checkpoint, anatomy: Anatomy) -> Size:
     dense = sum(
         math.prod(entry.shape)
         for name, entry in checkpoint.entries.items()
-        if name not in covered and not entry.is_buffer
+        if name not in covered and name not in checkpoint.shared and not entry.is_buffer
     )
     tensor_bytes = sum(entry.nbytes for entry in checkpoint.entries.values())
     return Size(

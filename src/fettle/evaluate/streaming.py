@@ -172,14 +172,14 @@ def _require_alike(side: _Side, other: _Side, reshaped: bool) -> None:
         for what, mine, theirs in zip(("vocabulary", "width"), embedding.shape, reference.shape, strict=True):
             if mine != theirs and not (reshaped and what == "width"):
                 raise UsageError(f"the model has a {what} of {mine} and the reference one of {theirs}: {advice}")
-    words, reference_words = _vocabulary(side.folder), _vocabulary(other.folder)
+    words, reference_words = vocabulary(side.folder), vocabulary(other.folder)
     if words is not None and reference_words is not None and words != reference_words:
         raise UsageError(
             f"the tokenizers of the model and the reference have other vocabularies of the same size: {advice}"
         )
 
 
-def _vocabulary(folder: Path) -> Any:
+def vocabulary(folder: Path) -> Any:
     """The words of tokenizer.json with their ids; None where the folder has no such file."""
     path = folder / "tokenizer.json"
     if not path.is_file():

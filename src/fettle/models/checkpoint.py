@@ -27,6 +27,7 @@ from torch import Tensor
 from fettle.errors import CheckpointError, NonFiniteError
 from fettle.models.config_file import read_config, read_json
 from fettle.models.header import TensorEntry, read_header
+from fettle.models.shared_tensors import factor_names, shared_entries, shared_names
 
 __all__ = ["Checkpoint", "TensorEntry", "check_finite"]
 
@@ -48,6 +49,7 @@ class Checkpoint:
     record: dict[str, Any] | None = field(default=None, repr=False)  # fettle.json, in a folder that fettle wrote
     side_files: Mapping[str, str] = field(default_factory=dict, kw_only=True, repr=False)  # name → text, of views:
     # instead of the folder's file of that name, such as a tokenizer with fewer words
+    shared: Mapping[str, str] = field(default_factory=dict, kw_only=True, repr=False)  # see `shared_tensors.py`
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -70,10 +72,15 @@ class Checkpoint:
         if not entries:
             raise CheckpointError(f"{folder} holds no tensor at all in {', '.join(shards)}.")
         record_path = folder / "fettle.json"
-        return cls(folder, config, entries, shards, read_json(record_path) if record_path.exists() else None)
+        record = read_json(record_path) if record_path.exists() else None
+        shared = shared_names(config)
+        entries |= shared_entries(shared, entries)
+        return cls(folder, config, entries, shards, record, shared=shared)
 
     def read(self, name: str) -> Tensor:
         """A fresh CPU tensor with the bytes of `name`, in its own shape and dtype."""
+        if name in self.shared:
+            return self._read_shared(name)
         entry = self.entry(name)
         return self._read_bytes(entry, entry.start, entry.nbytes).view(entry.dtype).reshape(entry.shape)
 
@@ -84,9 +91,18 @@ class Checkpoint:
             raise CheckpointError(
                 f"rows {start}:{stop} of tensor {name!r} asked, but its shape is {list(entry.shape)}."
             )
+        if name in self.shared:
+            return self._read_shared(name)[start:stop]
         row = entry.nbytes // max(entry.shape[0], 1)
         raw = self._read_bytes(entry, entry.start + start * row, (stop - start) * row)
         return raw.view(entry.dtype).reshape(stop - start, *entry.shape[1:])
+
+    def _read_shared(self, name: str) -> Tensor:
+        """What is stored under another name, with the product of its own factors added where it has any."""
+        common, (left, right) = self.read(self.shared[name]), factor_names(name)
+        if left not in self.entries:
+            return common
+        return (common.float() + self.read(left).float() @ self.read(right).float()).to(common.dtype)
 
     def entry(self, name: str) -> TensorEntry:
         """The entry of `name`; raises `CheckpointError` when there is none."""
@@ -133,6 +149,8 @@ class Checkpoint:
 
     def tensor_sha256(self, name: str) -> str:
         """SHA-256 of the bytes of one tensor as stored; streams."""
+        if name in self.shared:
+            return hashlib.sha256(self.read(name).contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
         entry, digest = self.entry(name), hashlib.sha256()
         for start in range(0, entry.nbytes, CHUNK_BYTES):
             chunk = self._read_bytes(entry, entry.start + start, min(CHUNK_BYTES, entry.nbytes - start))

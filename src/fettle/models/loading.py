@@ -10,7 +10,7 @@ weight is checked for NaN and infinity. Cost: one read of the files for the hash
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.config_file import check_token_ids, read_json
 from fettle.models.module_tree import build_tree, parameter_of, place_parameter
 from fettle.models.parts import Linear
+from fettle.models.shared_tensors import is_part
 from fettle.models.source import resolve
 from fettle.models.storage import StoredScheme, read_input_quantizer, read_quantized, read_weight, stored_schemes
 
@@ -57,10 +58,23 @@ def load(
     checkpoint = Checkpoint.open(folder)
     if verify:
         checkpoint.verify_hashes()
+    found = load_checkpoint(checkpoint, device=device, dtype=dtype, generic=generic, dense=dense)
+    return replace(found, model=_with_generation_settings(found.model, folder), tokenizer=_tokenizer(folder))
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    generic: bool = False,
+    dense: bool = False,
+) -> LoadedModel:
+    """The same for a checkpoint that is open, or a view of one, without tokenizer and settings for generation."""
     anatomy = read_anatomy(checkpoint, generic=generic)
     tree = build_tree(checkpoint, anatomy, dtype, device)
     _Filler(checkpoint, anatomy, tree, torch.device(device), dtype, dense).fill()
-    return LoadedModel(_with_generation_settings(tree, folder), _tokenizer(folder), anatomy, folder)
+    return LoadedModel(tree, None, anatomy, checkpoint.folder)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -117,7 +131,7 @@ class _Filler:
             done.add(linear.name)
         for name in self.checkpoint.entries:
             owner, _, leaf = name.rpartition(".")
-            if not (owner in done and leaf.startswith(("weight", "input_"))):
+            if not is_part(name) and not (owner in done and leaf.startswith(("weight", "input_"))):
                 self._place_other(name)
         self._tie()
         empty = [name for name, parameter in self.tree.named_parameters() if parameter.is_meta]

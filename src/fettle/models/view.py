@@ -26,6 +26,7 @@ from torch import Tensor
 from fettle.errors import CheckpointError
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.header import TensorEntry
+from fettle.models.shared_tensors import shared_entries
 
 Index = Tensor | None  # int64 positions that are kept, in their new order; None for all
 
@@ -131,27 +132,31 @@ class View(Checkpoint):
         config: Mapping[str, Any],
         pieces: Mapping[str, Piece],
         side_files: Mapping[str, str] | None = None,
+        shared: Mapping[str, str] | None = None,
     ) -> View:
-        """The view of `base` with these tensors and this configuration."""
+        """The view of `base` with these tensors and this configuration; `shared`: see `shared_tensors.py`."""
         entries = {}
         for name, piece in pieces.items():
             dtype, shape = piece.spec(base)
             entries[name] = TensorEntry(name, dtype, shape, base.shards[0], 0, dtype.itemsize * math.prod(shape))
+        entries |= shared_entries(shared or {}, entries)
         return cls(
             base.folder, dict(config), entries, base.shards, None, base=base, pieces=dict(pieces),
-            side_files={**base.side_files, **(side_files or {})},
+            side_files={**base.side_files, **(side_files or {})}, shared=dict(shared or {}),
         )  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` as its piece makes it, a fresh one."""
         self.entry(name)
-        return self.pieces[name].read(self.base)
+        return self._read_shared(name) if name in self.shared else self.pieces[name].read(self.base)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of it; where the piece only cuts, no others are read."""
         entry = self.entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(f"rows {start}:{stop} of tensor {name!r} asked, its shape is {list(entry.shape)}.")
+        if name in self.shared:
+            return self._read_shared(name)[start:stop]
         return self.pieces[name].read_rows(self.base, start, stop)
 
     def file_hashes(self) -> dict[str, str]:
@@ -166,5 +171,6 @@ class View(Checkpoint):
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:
-    """How many parameters the tensors hold; buffers of old checkpoints are none."""
-    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values() if not entry.is_buffer)
+    """How many parameters the tensors hold; buffers of old checkpoints are none, and what is shared counts once."""
+    stored = (entry for name, entry in checkpoint.entries.items() if name not in checkpoint.shared)
+    return sum(math.prod(entry.shape) for entry in stored if not entry.is_buffer)

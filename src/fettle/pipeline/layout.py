@@ -138,7 +138,7 @@ def build_layout(
     for index, (block, names) in enumerate(groups):
         inside = set(names)
         chosen = tuple(item for name, item in compressed.items() if name in inside)  # in the order of the data
-        kept = tuple(name for name in names if name not in compressed)
+        kept = tuple(name for name in names if name not in compressed and name not in checkpoint.shared)
         specs: dict[str, TensorSpec] = {n: (checkpoint.entries[n].dtype, checkpoint.entries[n].shape) for n in kept}
         for item in chosen:
             chosen_storage = item.scheme.storage_for(item.linear.shape, storage)

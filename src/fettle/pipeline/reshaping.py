@@ -17,6 +17,7 @@ import torch
 
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Windows
+from fettle.engine.step_seconds import step_seconds
 from fettle.errors import RecipeError
 from fettle.methods.reshape.subject import ModelMethod, Subject
 from fettle.models.anatomy import Anatomy, read_anatomy
@@ -65,10 +66,11 @@ def reshape(
     """
     decided = []
     for method in methods:
+        require_unshared(checkpoint)
         windows = cut(_require_tokenizer(checkpoint)).ids if method.needs() else ()
         subject = Subject(
             checkpoint=checkpoint, anatomy=anatomy, windows=windows, workers=workers, device=device,
-            used_tokens=partial(_used_tokens, checkpoint, text),
+            used_tokens=partial(_used_tokens, checkpoint, text), measure=partial(step_seconds, threads=workers.threads),
         )  # fmt: skip
         with workers, torch.no_grad():
             found = method.reshape(subject)
@@ -77,6 +79,15 @@ def reshape(
         anatomy = read_anatomy(checkpoint)  # compares every shape with the new configuration
         decided.append({**found.decided, "parameters_before": before, "parameters": parameter_count(checkpoint)})
     return Reshaping(checkpoint=checkpoint, anatomy=anatomy, decided=tuple(decided))
+
+
+def require_unshared(checkpoint: Checkpoint) -> None:
+    """Raises RecipeError for a step behind one that stores matrices of several blocks once."""
+    if checkpoint.shared:
+        raise RecipeError(
+            "share_blocks stores the matrices of several blocks once, and a step behind it would give each block its "
+            "own again; let it come last, or store a copy for every block with written_out: true"
+        )
 
 
 def _used_tokens(checkpoint: Checkpoint, text: Callable[[], str]) -> list[int]:

@@ -36,12 +36,12 @@ from fettle.models.config_file import context_length
 from fettle.models.loading import TOKENIZER_FILES
 from fettle.models.rotated import BASIS_KEY, RotatedCheckpoint, rotate
 from fettle.models.source import resolve
-from fettle.models.storage import quantization_config, stored_schemes
+from fettle.models.storage import quantization_config, sharing_config, stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json
 from fettle.pipeline.journal import Journal, run_folder
 from fettle.pipeline.layout import Layout, build_layout
 from fettle.pipeline.recipe import CalibrationOptions, Recipe, assign
-from fettle.pipeline.reshaping import replace_side_files, reshape, tokenizer_of
+from fettle.pipeline.reshaping import replace_side_files, require_unshared, reshape, tokenizer_of
 from fettle.pipeline.settling import settle
 from fettle.pipeline.stream import Job
 from fettle.pipeline.walk import walk
@@ -98,13 +98,15 @@ def prepare(
     folder = resolve(model)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
-    if stored_schemes(checkpoint, anatomy):
+    if stored_schemes(checkpoint, anatomy) or checkpoint.shared:
         raise UsageError(f"{model} is compressed already; compress the model that it was made from")
     workers, base_record = Workers(threads), checkpoint.record
     calibration = _Calibration(recipe.calibration, checkpoint.config)
     shaped = reshape(
         checkpoint, anatomy, recipe.reshaping, calibration.cut, calibration.whole, device=device, workers=workers
     )
+    if recipe.compressing or recipe.basis is not None:
+        require_unshared(shaped.checkpoint)
     checkpoint, anatomy = in_basis(shaped.checkpoint, shaped.anatomy, recipe.basis)
     methods = settle(checkpoint, anatomy, assign(recipe, anatomy), workers)
     layout = build_layout(checkpoint, anatomy, methods, recipe.storage)
@@ -122,7 +124,7 @@ def prepare(
     recipe_fields["calibration"].pop("text", None)  # the text's hash says what it is; its path may change
     with workers:
         hashes = checkpoint.file_hashes()
-    identity = {
+    identity: dict[str, Any] = {
         "model": hashes,
         "recipe": recipe_fields,
         "text": text.sha256 if text is not None else None,
@@ -131,6 +133,9 @@ def prepare(
         "tokenizer": tokenizer_hashes(folder) if windows is not None or recipe.reshaping else None,
         "versions": {name: versions()[name] for name in ("fettle", "torch", "transformers")},
     }
+    timed = [{"kept": x.get("kept"), "dropped": x.get("dropped")} for x in shaped.decided if "pieces" in x]
+    if timed:  # times are not the same twice: what is written goes on only where they say the same again
+        identity["shape"] = timed
     return Run(
         model=display_name(model), asked=str(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe,
         layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
@@ -220,6 +225,8 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
     config = dict(run.checkpoint.config)
     found = quantization_config(schemes, run.anatomy, run.recipe.storage, run.checkpoint.dtype)
+    if run.checkpoint.shared:
+        found = sharing_config(run.checkpoint.shared)
     if found:  # an empty one is taken for a damaged one
         config["quantization_config"] = found
     if run.recipe.basis is not None:  # adapters and draft heads of the base do not fit, and a measurement has to know

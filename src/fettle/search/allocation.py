@@ -11,6 +11,10 @@
 Whatever spreads it, the whole loses round(sparsity · weights), to the weight with the pattern `layer`, to a row's or a
 block's worth with the others. Only calibration text is looked at; statistics and gradients are the original's own.
 
+An embedding or a head that the step names takes part: a tied one as one matrix, by what the head reads; a head's score
+is compared with the others', and for OWL it counts as a block of its own. Nothing is known of the inputs of an
+embedding that is no head, and no sensitivity is estimated outside the blocks: those lose the target share.
+
 Cost: one forward and one backward pass over at most 4,096 tokens; one pass of scores, and for "sensitivity" five
 compressions of every linear. "global" with magnitude reads the weights and nothing else.
 """
@@ -28,13 +32,14 @@ from torch import Tensor
 from fettle.data.windows import Windows
 from fettle.diagnose.candidates import Candidate
 from fettle.diagnose.estimates import second_order
-from fettle.diagnose.original import Original
+from fettle.diagnose.original import Original, States
 from fettle.diagnose.scan import collect, linears_of, scan
 from fettle.methods.protocols import MatrixMethod
 from fettle.methods.prune.wanda import Wanda
-from fettle.models.anatomy import Linear
+from fettle.methods.statistics import STATISTICS
+from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.storage import read_weight
-from fettle.pipeline.loss_gradients import mean_gradient
+from fettle.pipeline.loss_gradients import mean_gradient, refuse_without_gradient
 from fettle.pipeline.recipe import Recipe, Step
 from fettle.pipeline.run import Run, prepare
 from fettle.pipeline.where import Where
@@ -101,18 +106,46 @@ def allocated(
     shares = [Share(linear=item.linear, unit=_unit(item.scheme, item.linear)) for item in run.layout.compressions]
     scheme = method.scheme("float32")
     assert isinstance(scheme, MaskedScheme)
-    total = round(scheme.sparsity * sum(share.linear.parameters for share in shares))
-    with run.workers, torch.no_grad():
-        spread = {"global": _by_threshold, "outliers": _by_outliers, "sensitivity": _by_sensitivity}[recipe.allocation]
-        counts = spread(run, method, shares, total, progress or Silent())
+    counts = _counts(run, method, shares, scheme.sparsity, recipe.allocation, progress or Silent())
     steps = tuple(
         Step(
-            method=replace(cast(Any, method), sparsity=count / share.linear.parameters),
-            where=Where(name=share.linear.name),
+            method=replace(cast(Any, method), sparsity=counts[share.linear.name] / share.linear.parameters),
+            where=_where(share.linear, run.anatomy),
         )
-        for share, count in zip(shares, counts, strict=True)
+        for share in shares
     )
     return replace(recipe, steps=(*before, *steps), allocation="uniform")
+
+
+def _counts(
+    run: Run, method: PruningMethod, shares: Sequence[Share], sparsity: float, allocation: str, progress: Progress
+) -> dict[str, int]:
+    """How many weights each linear loses, by its name; what nothing can be compared for loses the target share."""
+    for share in shares:
+        if "gradient" in method.needs():
+            refuse_without_gradient(share.linear, run.anatomy, method.name)
+    sees = allocation == "outliers" or bool(method.needs())
+    free = [share for share in shares if _comparable(share.linear, run.anatomy, allocation, sees)]
+    spread = {"global": _by_threshold, "outliers": _by_outliers, "sensitivity": _by_sensitivity}[allocation]
+    counts = {x.linear.name: min(x.largest, round(sparsity * x.linear.parameters) // x.unit * x.unit) for x in shares}
+    total = round(sparsity * sum(share.linear.parameters for share in free))
+    with run.workers, torch.no_grad():
+        found = spread(run, method, free, total, progress) if free else []
+    return counts | {share.linear.name: count for share, count in zip(free, found, strict=True)}
+
+
+def _comparable(linear: Linear, anatomy: Anatomy, allocation: str, sees: bool) -> bool:
+    """Whether the allocation knows of this linear what it knows of the others."""
+    if linear.block is not None:
+        return True
+    return allocation != "sensitivity" and (not sees or linear.role == "head" or anatomy.tied)
+
+
+def _where(linear: Linear, anatomy: Anatomy) -> Where:
+    """The step for one linear; a tied matrix is named from both sides, since both lose the weights."""
+    if anatomy.tied and linear.block is None:
+        return Where(role=("embedding", "head"))
+    return Where(name=linear.name)
 
 
 def _unit(scheme: object, linear: Linear) -> int:
@@ -216,6 +249,20 @@ def _weights(
                 yield linear, original.skeleton.weight(linear).cpu(), statistics.get(linear.input_group, {}) | own
         hidden = original.run(index, hidden)
         original.free(index)
+    for share in shares:
+        if share.linear.block is None:
+            yield share.linear, read_weight(run.checkpoint, share.linear), _of_the_head(original, hidden, known)
+
+
+def _of_the_head(original: Original, hidden: States, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """The statistics of what the head reads, and so of a tied matrix; from the last block's outputs."""
+    inputs = [original.skeleton.head_inputs(state).flatten(0, 1).cpu() for state in hidden]
+    found = {}
+    for kind in kinds:
+        state = STATISTICS[kind].start(inputs[0].shape[1])
+        STATISTICS[kind].add_(state, inputs, original.workers)
+        found[kind] = STATISTICS[kind].finish(state)
+    return found
 
 
 def _original(run: Run) -> Original:

@@ -31,7 +31,9 @@ def resized(tmp_path_factory):
 def test_every_candidate_meets_the_target_and_the_best_is_taken(resized):
     subject, made, _ = resized
     tried = made.decided["candidates"]
-    assert len(tried) >= 2 and len({len(one["dropped"]) for one in tried}) == len(tried)
+    depths = [len(one["dropped"]) for one in tried]
+    assert len(set(depths)) >= 2 and max(depths.count(depth) for depth in depths) <= 2
+    assert len({(len(one["dropped"]), str(one["kept"])) for one in tried}) == len(tried)
     assert all(one["parameters"] <= 0.7 * subject.parameters for one in tried)
     assert made.decided["loss"] == min(one["loss"] for one in tried)
     assert made.view.config["num_hidden_layers"] == 3 - len(made.decided["dropped"])

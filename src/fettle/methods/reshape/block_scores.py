@@ -68,6 +68,17 @@ def losses_without(subject: Subject, gone: Sequence[int]) -> dict[int, float]:
     return {removed: mean_loss(subject, skeleton, states) for removed, states in variants.items()}
 
 
+def model_loss(subject: Subject) -> float:
+    """Mean loss of a whole model on the text, nats a token."""
+    skeleton, hidden = subject.skeleton()
+    for index in range(len(subject.anatomy.blocks)):
+        skeleton.load_block(index)
+        hidden = subject.run_block(skeleton, index, hidden)
+        skeleton.free_block(index)
+    skeleton.load_head()
+    return mean_loss(subject, skeleton, hidden)
+
+
 def mean_loss(subject: Subject, skeleton: Skeleton, states: States) -> float:
     """Mean negative log-likelihood of the windows' next tokens, nats, from the last block's outputs."""
 

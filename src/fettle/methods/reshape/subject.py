@@ -26,6 +26,18 @@ from fettle.workers import Workers
 States = list[Tensor]  # one window each: [1, tokens, hidden]
 
 
+class MeasureStep(Protocol):
+    """Times a model that may be a view."""
+
+    def __call__(self, checkpoint: Checkpoint, *, engine: str, tokens: int) -> float:
+        """Seconds of a step of so many tokens on the engine of this name.
+
+        Raises:
+            UsageError: the engine cannot run the model, or is not there.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model that is to be reshaped.
@@ -37,6 +49,7 @@ class Subject:
         workers: entered by the caller.
         device: where blocks run.
         used_tokens: the ids that the whole text is cut into, ascending.
+        measure: how long a step of a model takes on this machine; None where nothing measures.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +58,7 @@ class Subject:
     workers: Workers
     device: str = "cpu"
     used_tokens: Callable[[], list[int]] = list
+    measure: MeasureStep | None = None
 
     @property
     def family(self) -> Family:

@@ -32,6 +32,8 @@ from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.gathering import gathered, teachers_text
 from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, training_text
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.source import resolve
 
 
 class _OfLearner(Distillation):
@@ -55,6 +57,11 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         UsageError: no tokenizer, another tokenizer than the teacher's, a text that is too short.
         NonFiniteError: a loss that is NaN or infinite.
     """
+    if Checkpoint.open(resolve(job.model)).shared:
+        raise UsageError(
+            f"{job.model} stores the matrices of several blocks once, and a training would give each its own again; "
+            "train before share_blocks, or share with written_out: true"
+        )
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
     loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)

@@ -17,7 +17,13 @@ error. A test proves it.
 
 from __future__ import annotations
 
-from fettle.models.storage.config import StoredScheme, is_stored_as_codes, quantization_config, stored_schemes
+from fettle.models.storage.config import (
+    StoredScheme,
+    is_stored_as_codes,
+    quantization_config,
+    sharing_config,
+    stored_schemes,
+)
 from fettle.models.storage.matrices import read_input_quantizer, read_quantized, read_weight
 from fettle.models.storage.modules import input_obstacle, module_name
 from fettle.models.storage.standard import standard_obstacle
@@ -31,6 +37,7 @@ __all__ = [
     "read_input_quantizer",
     "read_quantized",
     "read_weight",
+    "sharing_config",
     "standard_obstacle",
     "stored_schemes",
 ]

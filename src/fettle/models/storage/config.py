@@ -71,6 +71,13 @@ def quantization_config(
     }
 
 
+def sharing_config(shared: Mapping[str, str]) -> dict[str, Any]:
+    """The `quantization_config` of a folder in which blocks share matrices; see `models/shared_tensors.py`."""
+    why = "blocks share matrices that are stored once"
+    head = {"quant_method": "fettle", "version": 2, "storage": "dense", "why": why, "schemes": [], "linears": {}}
+    return {**head, "shared": dict(shared), **REFUSAL}
+
+
 def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, StoredScheme]:
     """Linear name → how it is stored, for the linears stored as codes; dense ones are absent.
 
