@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from fettle.api.questions import evaluate as measure_folder
+from fettle.api.questions import evaluate_language_model as measure_folder
 from fettle.api.questions import generate
 from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import evaluation_windows, read_text

@@ -101,11 +101,32 @@ def evaluate(
         reshaped: whether blocks and widths may be others than the reference's; None: as the folder's fettle.json says.
     """
     check_device(device)
-    folder = resolve(model)
-    if is_image_classifier(folder):
+    if is_image_classifier(resolve(model)):
         return _evaluate_classifier(model, reference, text, images, device)
     if images is not None:
         raise UsageError(f"{model} is no image classifier, so there is nothing to show images to; leave images out")
+    return evaluate_language_model(
+        model, reference=reference, text=text, length=length, max_tokens=max_tokens, device=device, threads=threads,
+        generic=generic, reshaped=reshaped, progress=progress,
+    )  # fmt: skip
+
+
+def evaluate_language_model(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    length: int = 512,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    reshaped: bool | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """`evaluate` of a language model, on text."""
+    check_device(device)
+    folder = resolve(model)
     require_context(Checkpoint.open(folder).config, length, "length")
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -258,8 +279,8 @@ def generate(
 
 
 def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:
-    """The anatomy of a model: blocks, linears by role, shapes, bytes, and the scheme of each; of an image classifier its
-    layers, parameters and multiply-adds.
+    """The anatomy of a model: blocks, linears by role, shapes, bytes, and the scheme of each; of an image classifier
+    its layers, parameters and multiply-adds.
     """
     if is_image_classifier(resolve(model)):
         return outline_classifier(model)

@@ -62,16 +62,11 @@ def run(
       fettle evaluate small --reference demo --text held_out.txt --max-kl 0.05 --json
       fettle evaluate half --reference ./resnet-50 --images ./pictures
     """
-    if max_kl is not None and reference is None:
-        raise UsageError("--max-kl needs --reference: a KL divergence is measured against the original")
-    if max_kl is not None and not max_kl >= 0:
-        raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
-    if no_report and report is not None:
-        raise UsageError("--report and --no-report exclude each other; give one of them")
+    _check_gate_flags(max_kl, reference)
     classifies = is_image_classifier(resolve(model))
+    page = None if classifies else _page(report, no_report)
     if classifies and report is not None:
         raise UsageError("an image classifier has no page yet; leave out --report, and see --json")
-    page = None if no_report or classifies else report or PAGE
     if page is not None:
         require_writable(page)
     if text is None and not classifies:
@@ -109,6 +104,19 @@ def run(
         check_gate(measured, max_kl)
     if failed is not None:
         raise failed
+
+
+def _check_gate_flags(max_kl: float | None, reference: str | None) -> None:
+    if max_kl is not None and reference is None:
+        raise UsageError("--max-kl needs --reference: a KL divergence is measured against the original")
+    if max_kl is not None and not max_kl >= 0:
+        raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
+
+
+def _page(report: Path | None, no_report: bool) -> Path | None:
+    if no_report and report is not None:
+        raise UsageError("--report and --no-report exclude each other; give one of them")
+    return None if no_report else report or PAGE
 
 
 def _classifier(measured: ClassifierEvaluation, named: Mapping[str, Any], max_kl: float | None, *, json: bool) -> None:

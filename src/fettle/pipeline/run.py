@@ -144,8 +144,8 @@ def _refuse_network_methods(recipe: Recipe, model: str | Path) -> None:
     for step in recipe.steps:
         if prunes_networks(step.method):
             raise UsageError(
-                f"{step.method.name} prunes the filters of image classifiers, and {model} is none; to narrow a language "
-                "model use narrow or resize"
+                f"{step.method.name} prunes the filters of image classifiers, and {model} is none; to narrow a "
+                "language model use narrow or resize"
             )
     if recipe.calibration.images is not None:
         raise UsageError(f"images are for image classifiers, and {model} is none; leave out --images")

@@ -4,9 +4,10 @@
     side files → reload and measure → card → fettle.json, last
 
 The written folder is the original's kind: safetensors and config.json. Where the family's own words can say the new
-widths (`plain_config.py`), plain transformers loads it; where not, `fettle.load` does, from the widths in `fettle.json`,
-and other loaders stop at the first tensor of another shape. The same command gives the same bytes: pruning and healing
-run on one thread (or the GPU). A run that was stopped starts again; nothing is written before the last round.
+widths (`plain_config.py`), plain transformers loads it; where not, `fettle.load` does, from the widths in
+`fettle.json`, and other loaders stop at the first tensor of another shape. The same command gives the same bytes, since
+pruning and healing run on one thread (or the GPU). A run that was stopped starts again; nothing is written before the
+last round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What pruning an image classifier will leave, said before any training.
 
-The widths are decided as they would be in one round, on a copy: exact where every layer loses the same share, since then
-nothing depends on a score; an estimate where filters of all layers are ranked together and healing moves the scores.
+The widths are decided as they would be in one round, on a copy: exact where every layer loses the same share, since
+then nothing depends on a score; an estimate where filters of all layers are ranked together and healing moves scores.
 The file's bytes follow from the shapes; the time of an image is predicted from its multiply-adds, which leaves out what
 does not shrink with them (memory traffic, calls), so small networks gain less.
 """

@@ -1,12 +1,13 @@
 """VGG, which transformers does not have: convolutions of 3 × 3 in five stages, and two wide layers before the classes.
 
 Simonyan, Zisserman 2015, https://arxiv.org/abs/1409.1556. The names of the weights and `config.json` are those of the
-folders that timm publishes (`timm/vgg16.tv_in1k` and its like: torchvision's weights as safetensors), so those open here
-without timm or torchvision:
+folders that timm publishes (`timm/vgg16.tv_in1k` and its like: torchvision's weights as safetensors), so those open
+here without timm or torchvision:
 
-    {"architecture": "vgg16_bn", "num_classes": 1000, "pretrained_cfg": {"mean": …, "std": …, "input_size": [3, 224, 224]}}
+    {"architecture": "vgg16_bn", "num_classes": 1000,
+     "pretrained_cfg": {"mean": …, "std": …, "input_size": [3, 224, 224]}}
 
-`model_args` may say other widths, which timm itself has no word for: `channels` (one number a convolution), `head_width`
+`model_args` may say other widths, which timm itself has no word for: `channels` (a number a convolution), `head_width`
 and `head_kernel`, the size of the map that the first wide layer reads (7; 1 for small images).
 """
 

@@ -63,7 +63,7 @@ def set_widths_(network: nn.Module, widths: Mapping[str, Any]) -> None:
             layer.out_features, layer.in_features = numbers
             shape = tuple(numbers)
         else:
-            layer.num_features = numbers[0]  # type: ignore[assignment]
+            layer.num_features = numbers[0]
             shape = tuple(numbers)
         _resize(layer, shape)
 

@@ -84,9 +84,9 @@ def require_torch_pruning() -> Any:
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    """float [images, classes]: what the network says, whether it returns a tensor or an object with `.logits`."""
+    """Float [images, classes]: what the network says, whether it returns a tensor or an object with `.logits`."""
     found = network(images)
-    return found if isinstance(found, Tensor) else found.logits  # type: ignore[no-any-return]
+    return found if isinstance(found, Tensor) else found.logits
 
 
 def channel_groups(network: nn.Module, example: Tensor) -> list[ChannelGroup]:

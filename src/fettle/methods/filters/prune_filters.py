@@ -1,8 +1,8 @@
 """Pruning the filters of a convolution network, with everything that depends on them.
 
-Li et al.: Pruning Filters for Efficient ConvNets, 2017, https://arxiv.org/abs/1608.08710; the groups are those of Fang et
-al.: DepGraph, 2023, https://arxiv.org/abs/2301.12900. Iterative pruning with fine-tuning in between: Molchanov et al.
-2017, https://arxiv.org/abs/1611.06440.
+Li et al.: Pruning Filters for Efficient ConvNets, 2017, https://arxiv.org/abs/1608.08710; the groups are those of Fang
+et al.: DepGraph, 2023, https://arxiv.org/abs/2301.12900. Iterative pruning with fine-tuning in between: Molchanov et
+al. 2017, https://arxiv.org/abs/1611.06440.
 
     for each round:  trace → score every channel of every group → cut the least → heal
 

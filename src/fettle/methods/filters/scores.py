@@ -1,6 +1,6 @@
 """How much a channel is missed: a number for each channel of a group, over every layer that would lose it.
 
-    l1, l2          sum of |w|, or root of the sum of w², of all weights that go           (Li et al. 2017; DepGraph 2023)
+    l1, l2          sum of |w|, or root of the sum of w², of all weights that go         (Li et al. 2017; DepGraph 2023)
     batch_norm      |γ| of the batch norms behind the filter                               (Liu et al. 2017, slimming)
     activation      mean |x| of the channel where it is read                               (Hu et al. 2016, after APoZ)
     taylor          Σ |w · ∂L/∂w|: what the loss changes by, to first order                (Molchanov et al. 2019)
@@ -162,7 +162,7 @@ def _loss_saliency(network: nn.Module, score: ScoreName, data: ImageBatch) -> di
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
-                total += gradient.double().square() if score == "hessian" else gradient.double()
+                total.add_(gradient.double().square() if score == "hessian" else gradient.double())
     count = len(data.images)
     if score == "hessian":
         return {p: 0.5 * p.detach().double().square() * s / count for p, s in zip(parameters, sums, strict=True)}
