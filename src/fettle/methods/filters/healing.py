@@ -104,12 +104,12 @@ def fine_tune_(network: nn.Module, data: ImageBatch, options: FineTuning, teache
                 group["lr"] = options.rate * _cosine(step, options.steps)
             picked = torch.randint(len(data.images), (options.batch,), generator=generator).to(data.images.device)
             loss = _loss(network, data, picked, teacher)
-            if not math.isfinite(float(loss)):
-                raise NonFiniteError(f"healing step {step}: the loss is {float(loss)}; give a smaller heal_rate")
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise NonFiniteError(f"healing step {step}: the loss is {losses[-1]}; give a smaller heal_rate")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            losses.append(float(loss))
     network.zero_grad(set_to_none=True)
     network.eval()
     last = losses[-max(1, len(losses) // 10) :]
