@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from fettle.api.questions import evaluate as measure_folder
+from fettle.api.questions import evaluate_language_model as measure_folder
 from fettle.api.questions import generate
 from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
@@ -25,6 +25,7 @@ from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.models.checkpoint import INDEX
 from fettle.models.config_file import context_length
+from fettle.models.source import resolve
 from fettle.models.writer import write_json, write_text
 from fettle.pipeline.card import model_card
 from fettle.pipeline.journal import Journal, run_folder
@@ -47,6 +48,8 @@ from fettle.report.page import write_report
 from fettle.search.allocation import allocated
 from fettle.search.budget import Budget
 from fettle.search.choose import Choice, choose, probe_run
+from fettle.vision.classifier import is_image_classifier
+from fettle.vision.compressing import ClassifierCompression, compress_classifier
 
 EVALUATION_TOKENS = 16_384  # what `compress` measures itself on
 AFFORDABLE_FLOPS = 2e12  # and the work up to which it does so unasked: under a minute on two cores
@@ -87,11 +90,11 @@ def compress(
     progress: Progress | None = None,
     command: str | None = None,
     prompt: str | None = None,
-) -> Compression:
+) -> Compression | ClassifierCompression:
     """Compresses a model into a standard checkpoint folder, measures what was written, and writes card and page.
 
     A run that was killed goes on where it stopped when it is called again with the same arguments, and writes the same
-    bytes as an undisturbed one.
+    bytes as an undisturbed one. An image classifier (`methods/filters`) gives a `ClassifierCompression`, and no page.
 
     Args:
         model: a local folder, a hub id, or "demo".
@@ -115,6 +118,13 @@ def compress(
     progress, output, started = progress or Silent(), Path(output), time.monotonic()
     restart_peak()
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if is_image_classifier(resolve(model)):
+        _refuse_for_classifiers(budget=budget, prompt=prompt, report=report)
+        with stop_on_signals(output):
+            return compress_classifier(
+                model, output, chosen, device=device, fresh=fresh, evaluate=evaluate, progress=progress,
+                command=command or "",
+            )  # fmt: skip
     if report is not None:
         require_writable(Path(report))
     with stop_on_signals(output):
@@ -146,6 +156,13 @@ def compress(
     return Compression(
         folder=output, evaluation=evaluation, summary=summary, report_path=report_path, resumed_whole=before is not None
     )
+
+
+def _refuse_for_classifiers(**given: object) -> None:
+    """Raises UsageError for what only language models have."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"{name} is for language models, and this is an image classifier; leave it out")
 
 
 def _finished(run: Run, output: Path, journal: Journal, summary_path: Path) -> dict[str, Any] | None:

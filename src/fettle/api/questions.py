@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,12 @@ from fettle.pipeline.run import (
 from fettle.progress import Progress, Silent
 from fettle.search.allocation import allocated
 from fettle.tensors.cache_codes import CacheScheme
+from fettle.vision.classifier import ImageClassifier, is_image_classifier, open_classifier
+from fettle.vision.evaluation import ClassifierEvaluation, evaluate_classifier
+from fettle.vision.images import SHAPES, read_images
+from fettle.vision.outline import outline_classifier
+from fettle.vision.plan import ClassifierPlan, plan_classifier
+from fettle.workers import Workers
 
 LONGEST_CACHE_WINDOW = 4096  # tokens, unless asked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,15 +62,56 @@ def plan(
     threads: int | None = None,
     generic: bool = False,
     progress: Progress | None = None,
-) -> Plan:
-    """Predicts bytes (exactly), peak memory and time, and sends one block through the whole path, save included."""
+) -> Plan | ClassifierPlan:
+    """Predicts bytes (exactly), peak memory and time, and sends one block through the whole path, save included; for an
+    image classifier widths, parameters, multiply-adds and bytes.
+    """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if is_image_classifier(resolve(model)):
+        return plan_classifier(model, chosen, device=device)
     chosen = allocated(model, chosen, device=device, threads=threads, generic=generic, progress=progress)
     run = prepare(model, chosen, device=device, threads=threads, generic=generic)
     return plan_run(run, progress or Silent(), Path.cwd() if os.access(Path.cwd(), os.W_OK) else None)
 
 
 def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    text: str | Path | None = None,
+    images: str | Path | None = None,
+    length: int = 512,
+    max_tokens: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    generic: bool = False,
+    reshaped: bool | None = None,
+    progress: Progress | None = None,
+) -> Evaluation | ClassifierEvaluation:
+    """Measures the files of a model, against the original where one is given; block by block, so memory stays small.
+    An image classifier is measured on images.
+
+    Args:
+        model: a local folder, a hub id, or "demo".
+        reference: the original; without it, only what needs no original is measured.
+        text: a UTF-8 file; None: the embedded held-out text.
+        images: for an image classifier: a folder, an .npz or .safetensors file; None: the embedded images.
+        length: tokens a window, its first being BOS.
+        max_tokens: use only the start of the text.
+        reshaped: whether blocks and widths may be others than the reference's; None: as the folder's fettle.json says.
+    """
+    check_device(device)
+    if is_image_classifier(resolve(model)):
+        return _evaluate_classifier(model, reference, text, images, device)
+    if images is not None:
+        raise UsageError(f"{model} is no image classifier, so there is nothing to show images to; leave images out")
+    return evaluate_language_model(
+        model, reference=reference, text=text, length=length, max_tokens=max_tokens, device=device, threads=threads,
+        generic=generic, reshaped=reshaped, progress=progress,
+    )  # fmt: skip
+
+
+def evaluate_language_model(
     model: str | Path,
     *,
     reference: str | Path | None = None,
@@ -76,16 +124,7 @@ def evaluate(
     reshaped: bool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measures the files of a model, against the original where one is given; block by block, so memory stays small.
-
-    Args:
-        model: a local folder, a hub id, or "demo".
-        reference: the original; without it, only what needs no original is measured.
-        text: a UTF-8 file; None: the embedded held-out text.
-        length: tokens a window, its first being BOS.
-        max_tokens: use only the start of the text.
-        reshaped: whether blocks and widths may be others than the reference's; None: as the folder's fettle.json says.
-    """
+    """`evaluate` of a language model, on text."""
     check_device(device)
     folder = resolve(model)
     require_context(Checkpoint.open(folder).config, length, "length")
@@ -98,6 +137,21 @@ def evaluate(
         folder, base, windows, device=device, threads=threads, generic=generic, reshaped=reshaped,
         progress=progress or Silent(),
     )  # fmt: skip
+
+
+def _evaluate_classifier(
+    model: str | Path, reference: str | Path | None, text: str | Path | None, images: str | Path | None, device: str
+) -> ClassifierEvaluation:
+    if text is not None:
+        raise UsageError(f"{model} is an image classifier and reads no text; give images instead")
+    found = open_classifier(model, device=device)
+    base = None if reference is None else open_classifier(reference, device=device)
+    if base is not None and len(base.labels) != len(found.labels):
+        raise UsageError(f"{model} knows {len(found.labels)} classes and {reference} {len(base.labels)}: they differ")
+    shown = read_images(images or SHAPES, found.preprocessing, found.labels, held_out=True)
+    with Workers(1):
+        measured = evaluate_classifier(found, base, shown, device=device)
+    return dataclasses.replace(measured, versions=versions())
 
 
 def evaluate_cache(
@@ -120,7 +174,7 @@ def evaluate_cache(
         max_tokens: use only the start of the text.
     """
     scheme.check()
-    loaded = load(model, device=device, generic=generic)
+    loaded = load_model(model, device=device, generic=generic)
     if loaded.tokenizer is None:
         raise UsageError(f"{model} has no tokenizer files, and a text can only be measured as tokens; add them to it")
     config = loaded.model.config.to_dict()
@@ -188,9 +242,12 @@ def diagnose(
     }  # fmt: skip
 
 
-def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32", generic: bool = False) -> LoadedModel:
+def load(
+    model: str | Path, *, device: str = "cpu", dtype: str = "float32", generic: bool = False
+) -> LoadedModel | ImageClassifier:
     """Loads a model, compressed or not: `.model` (a transformers model), `.tokenizer`, `.anatomy`. Linears stored as
-    codes stay so. `generic` is for an unknown family; a folder that was written so needs no telling.
+    codes stay so. `generic` is for an unknown family; a folder that was written so needs no telling. Of an image
+    classifier: `.model`, `.labels`, `.preprocessing`.
 
     Raises:
         ModelError: damaged files, or tensors that are not those that fettle wrote.
@@ -198,6 +255,10 @@ def load(model: str | Path, *, device: str = "cpu", dtype: str = "float32", gene
     check_device(device)
     if dtype not in DTYPES:
         raise UsageError(unknown_word("dtype", str(dtype), DTYPES))
+    if is_image_classifier(resolve(model)):
+        found = open_classifier(model, device=device)
+        found.model.to(DTYPES[dtype])
+        return found
     return load_model(model, device=device, dtype=DTYPES[dtype], generic=generic)
 
 
@@ -212,11 +273,16 @@ def generate(
     generic: bool = False,
 ) -> str:
     """Continues a prompt; returns the new text alone. `temperature` 0 is greedy."""
-    loaded = model if isinstance(model, LoadedModel) else load(model, device=device, generic=generic)
+    check_device(device)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, generic=generic)
     return complete(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
 def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:
-    """The anatomy of a model: blocks, linears by role, shapes, bytes, and the scheme of each."""
+    """The anatomy of a model: blocks, linears by role, shapes, bytes, and the scheme of each; of an image classifier
+    its layers, parameters and multiply-adds.
+    """
+    if is_image_classifier(resolve(model)):
+        return outline_classifier(model)
     checkpoint = Checkpoint.open(resolve(model))
     return outline(checkpoint, read_anatomy(checkpoint, generic=generic), str(model))

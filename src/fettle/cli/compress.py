@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fettle import api
+from fettle.cli.classifiers import show_compression
 from fettle.cli.flags import with_flags
 from fettle.cli.options import (
     AllocationChoice,
@@ -31,6 +32,7 @@ from fettle.cli.reshaping import reshaping_table
 from fettle.errors import UsageError
 from fettle.report.tables import warning
 from fettle.search.budget import Budget, parse_size
+from fettle.vision.compressing import ClassifierCompression
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
@@ -83,6 +85,7 @@ def run(
       fettle compress ./llama -o llama-3bit --method gptq --bits 3 --rotate
       fettle compress demo -o small --bits-per-weight 3.5
       fettle compress demo -o sparse --method sparsegpt --pattern 2:4 --bits 4
+      fettle compress ./resnet-50 -o half --method prune_filters --sparsity 0.5 --images ./pictures
     """
     budget = _budget(bits_per_weight, size, candidate, free_fused)
     if budget is not None and (recipe is not None or method is not None):
@@ -110,11 +113,14 @@ def run(
             "compress",
             {
                 "folder": made.folder,
-                "report": made.report_path,
+                "report": None if isinstance(made, ClassifierCompression) else made.report_path,
                 "already_finished": made.resumed_whole,
                 "summary": made.summary,
             },
         )
+        return
+    if isinstance(made, ClassifierCompression):
+        show_compression(made.summary, made.folder, made.resumed_whole)
         return
     _print(made.summary, made.folder, made.report_path, made.resumed_whole)
 

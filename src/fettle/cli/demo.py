@@ -53,6 +53,7 @@ def run(
         command=command_line(sys.argv[1:]),
         prompt=prompt,
     )
+    assert isinstance(made, api.Compression)  # the demo is a language model
     if json:
         emit_json("demo", {"folder": made.folder, "report": made.report_path, "summary": made.summary})
         return

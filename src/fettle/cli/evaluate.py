@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fettle import api
+from fettle.cli.classifiers import show_evaluation
 from fettle.cli.options import Device, Generic, Json, Model, ReportPath, Threads
 from fettle.cli.output import console, emit_json, number, show, table
 from fettle.cli.progress import progress
@@ -17,11 +18,18 @@ from fettle.cli.quality import evaluation_table
 from fettle.cli.recipe_choice import command_line
 from fettle.errors import FettleError, UsageError
 from fettle.evaluate.result import check_gate
+from fettle.models.source import resolve
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
+from fettle.vision.classifier import is_image_classifier
+from fettle.vision.evaluation import ClassifierEvaluation
 
 Reference = Annotated[str | None, typer.Option(metavar="BASE", help="The original model, to measure what was lost.")]
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; without it the embedded held-out text.")]
+Images = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER|FILE", help="For image classifiers; without it the embedded images (shapes)."),
+]
 Length = Annotated[int, typer.Option(metavar="N", help="Tokens a window, its first being BOS.", min=2)]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Use only the start of the text.", min=2)]
 MaxKl = Annotated[float | None, typer.Option(metavar="X", help="Fail with exit code 5 if the mean KL is above X.")]
@@ -34,6 +42,7 @@ def run(
     model: Model,
     reference: Reference = None,
     text: Text = None,
+    images: Images = None,
     length: Length = 512,
     max_tokens: MaxTokens = None,
     max_kl: MaxKl = None,
@@ -51,22 +60,22 @@ def run(
     Examples:
       fettle evaluate small --reference demo
       fettle evaluate small --reference demo --text held_out.txt --max-kl 0.05 --json
+      fettle evaluate half --reference ./resnet-50 --images ./pictures
     """
-    if max_kl is not None and reference is None:
-        raise UsageError("--max-kl needs --reference: a KL divergence is measured against the original")
-    if max_kl is not None and not max_kl >= 0:
-        raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
-    if no_report and report is not None:
-        raise UsageError("--report and --no-report exclude each other; give one of them")
-    page = None if no_report else report or PAGE
+    _check_gate_flags(max_kl, reference)
+    classifies = is_image_classifier(resolve(model))
+    page = None if classifies else _page(report, no_report)
+    if classifies and report is not None:
+        raise UsageError("an image classifier has no page yet; leave out --report, and see --json")
     if page is not None:
         require_writable(page)
-    if text is None:
+    if text is None and not classifies:
         print("No --text given: the embedded held-out text (Python source code) is measured.", file=sys.stderr)
     measured = api.evaluate(
         model,
         reference=reference,
         text=text,
+        images=images,
         length=length,
         max_tokens=max_tokens,
         device=device,
@@ -77,6 +86,9 @@ def run(
     found = measured.to_json()
     command = command_line(sys.argv[1:])
     failed = None
+    if isinstance(measured, ClassifierEvaluation):
+        _classifier(measured, {"model": model, "reference": reference, "command_line": command}, max_kl, json=json)
+        return
     if page is not None:
         result = {"schema": 1, "kind": "evaluation", "model": model, "reference": reference, "command": command}
         try:
@@ -92,6 +104,29 @@ def run(
         check_gate(measured, max_kl)
     if failed is not None:
         raise failed
+
+
+def _check_gate_flags(max_kl: float | None, reference: str | None) -> None:
+    if max_kl is not None and reference is None:
+        raise UsageError("--max-kl needs --reference: a KL divergence is measured against the original")
+    if max_kl is not None and not max_kl >= 0:
+        raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
+
+
+def _page(report: Path | None, no_report: bool) -> Path | None:
+    if no_report and report is not None:
+        raise UsageError("--report and --no-report exclude each other; give one of them")
+    return None if no_report else report or PAGE
+
+
+def _classifier(measured: ClassifierEvaluation, named: Mapping[str, Any], max_kl: float | None, *, json: bool) -> None:
+    """What is said of an image classifier, which has no page."""
+    if json:
+        emit_json("evaluate", {**named, **measured.to_json(), "report": None})
+    else:
+        show_evaluation(measured.to_json())
+    if max_kl is not None:
+        check_gate(measured, max_kl, unit="an image", advice="prune less, in more rounds, or heal longer")
 
 
 def _print(found: Mapping[str, Any], page: Path | None) -> None:

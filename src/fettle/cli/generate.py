@@ -23,6 +23,7 @@ from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.sequence import Request
 from fettle.errors import UsageError
 from fettle.models.kv_cache import quantized_cache
+from fettle.models.loading import LoadedModel
 from fettle.models.source import resolve
 from fettle.tensors.cache_codes import CacheScheme
 
@@ -123,6 +124,8 @@ def _coded(
 ) -> Engine:
     """An engine whose cache keeps old tokens as codes; a prompt is read at once, so it is exact to itself."""
     loaded = api.load(model, device=options.device, generic=options.generic)
+    if not isinstance(loaded, LoadedModel):
+        raise UsageError(f"{model} is an image classifier and generates no text; see: fettle evaluate {model}")
     runner = ContiguousRunner(
         loaded,
         lambda: quantized_cache(loaded, scheme),

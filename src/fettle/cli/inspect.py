@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fettle import api
+from fettle.cli.classifiers import show_outline
 from fettle.cli.options import Generic, Json
 from fettle.cli.output import console, emit_json, show, size, table
 from fettle.errors import UsageError
@@ -32,6 +33,9 @@ def run(model: Inspected = None, runtime: Runtime = False, generic: Generic = Fa
     anatomy = api.inspect(model, generic=generic)
     if json:
         emit_json("inspect", anatomy)
+        return
+    if anatomy.get("kind") == "image_classifier":
+        show_outline(anatomy)
         return
     out = console()
     kind = "decoder" if anatomy["causal"] else "encoder"

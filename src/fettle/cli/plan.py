@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fettle import api
+from fettle.cli.classifiers import show_plan
 from fettle.cli.flags import with_flags
 from fettle.cli.options import (
     AllocationChoice,
@@ -20,6 +21,7 @@ from fettle.cli.options import (
 from fettle.cli.output import console, duration, emit_json, show, size, table
 from fettle.cli.progress import progress
 from fettle.cli.recipe_choice import chosen_recipe, recipe_flags, with_masks
+from fettle.vision.plan import ClassifierPlan
 
 
 @with_flags(recipe_flags())
@@ -45,6 +47,9 @@ def run(
     plan = api.plan(model, chosen, device=device, threads=threads, generic=generic, progress=progress(json=json))
     if json:
         emit_json("plan", plan.to_json())
+        return
+    if isinstance(plan, ClassifierPlan):
+        show_plan(plan.to_json())
         return
     rows = [
         ("model", plan.model),

@@ -98,7 +98,8 @@ def with_masks(recipe: Recipe, *, dense: bool, allocation: str | None) -> Recipe
 
 def calibration_note(recipe: Recipe) -> str:
     """What is said when no calibration text was given."""
-    if recipe.calibration.text is not None or not any(step.method.statistics for step in recipe.steps):
+    looks = [step.method.statistics for step in recipe.steps]
+    if recipe.calibration.text is not None or not any(kinds and kinds != ("images",) for kinds in looks):
         return ""
     return "No --calibration given: the embedded text (Python source code) is the calibration text."
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fettle.errors import QualityGateError, UsageError
 
@@ -118,12 +118,26 @@ class Evaluation:
         return found
 
 
-def check_gate(evaluation: Evaluation, max_kl: float) -> None:
-    """Raises QualityGateError when the mean KL is above `max_kl` nats a token, or could not be measured."""
+class Diverging(Protocol):
+    """A measurement of any kind of model against its original."""
+
+    @property
+    def kl_mean(self) -> float | None:
+        """Nats; None without an original."""
+        ...
+
+
+def check_gate(
+    evaluation: Diverging,
+    max_kl: float,
+    *,
+    unit: str = "a token",
+    advice: str = "use more bits, smaller groups or gptq, or allow more",
+) -> None:
+    """Raises QualityGateError when the mean KL is above `max_kl` nats, or could not be measured."""
     if evaluation.kl_mean is None:
         raise UsageError("--max-kl needs a KL, and a KL needs --reference with a language model")
     if not evaluation.kl_mean <= max_kl:
         raise QualityGateError(
-            f"the mean KL is {evaluation.kl_mean:.6g} nats a token, above the allowed {max_kl:.6g}; use more bits, "
-            "smaller groups or gptq, or allow more"
+            f"the mean KL is {evaluation.kl_mean:.6g} nats {unit}, above the allowed {max_kl:.6g}; {advice}"
         )

@@ -1,8 +1,9 @@
 """Every method by its name, and methods from the plain values of a recipe or of flags.
 
 A method is registered by its import line in `methods/quantize/__init__.py`, `methods/prune/__init__.py` or
-`methods/factor/__init__.py`; one that gives the whole model another shape, in `methods/reshape/__init__.py`. `METHODS`
-compress one matrix each, `MODEL_METHODS` reshape the model; `BASES` put the whole model into other coordinates.
+`methods/factor/__init__.py`; one that gives the whole model another shape, in `methods/reshape/__init__.py`, or a
+convolution network, in `methods/filters/__init__.py`. `METHODS` compress one matrix each, `MODEL_METHODS` reshape a
+language model, `NETWORK_METHODS` an image classifier; `BASES` put the whole model into other coordinates.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
-from fettle.methods import factor, prune, quantize, reshape
+from fettle.methods import factor, filters, prune, quantize, reshape
+from fettle.methods.filters.prune_filters import NetworkMethod
 from fettle.methods.protocols import BasisMethod, MatrixMethod, SettledMethod
 from fettle.methods.reshape.subject import ModelMethod
 
-Method = MatrixMethod | ModelMethod
+Method = MatrixMethod | ModelMethod | NetworkMethod
 
 
 def _classes(verb: str, *rooms: types.ModuleType) -> dict[str, Any]:
@@ -32,7 +34,8 @@ def _classes(verb: str, *rooms: types.ModuleType) -> dict[str, Any]:
 
 METHODS: dict[str, type[MatrixMethod]] = _classes("compress", quantize, prune, factor)
 MODEL_METHODS: dict[str, type[ModelMethod]] = _classes("reshape", reshape)
-EVERY_METHOD: dict[str, type[Method]] = {**METHODS, **MODEL_METHODS}
+NETWORK_METHODS: dict[str, type[NetworkMethod]] = _classes("prune_network", filters)
+EVERY_METHOD: dict[str, type[Method]] = {**METHODS, **MODEL_METHODS, **NETWORK_METHODS}
 BASES: dict[str, type[BasisMethod]] = _classes("residual_map", quantize)
 Built = TypeVar("Built")
 
@@ -58,6 +61,11 @@ def reshapes(method: Method) -> typing.TypeGuard[ModelMethod]:
     return type(method).name in MODEL_METHODS
 
 
+def prunes_networks(method: Method) -> typing.TypeGuard[NetworkMethod]:
+    """Whether it is for convolution networks, and for nothing else."""
+    return type(method).name in NETWORK_METHODS
+
+
 def matrix_method(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
     """`from_fields` where only methods for a matrix can be.
 
@@ -65,7 +73,7 @@ def matrix_method(name: str, mapping: Mapping[str, Any]) -> MatrixMethod:
         RecipeError: the method reshapes models.
     """
     method = from_fields(name, mapping)
-    if reshapes(method):
+    if reshapes(method) or prunes_networks(method):
         raise RecipeError(
             f"the method {name} gives the model another shape, and here a linear gets a method; one of "
             f"{', '.join(METHODS)}"

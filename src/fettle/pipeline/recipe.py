@@ -52,6 +52,9 @@ class CalibrationOptions:
     length: int = field(default=256, metadata={"help": "tokens a window", "minimum": 2})
     seed: int = field(default=0, metadata={"help": "which windows are drawn", "minimum": 0, "maximum": 2**63 - 1})
     text: str | None = field(default=None, metadata={"help": "UTF-8 text file; without it the embedded text"})
+    images: str | None = field(
+        default=None, metadata={"help": "for image classifiers: a folder, an .npz or .safetensors file, or shapes"}
+    )
     order: Literal["together", "in_turn"] = field(
         default="in_turn",
         metadata={
@@ -94,7 +97,7 @@ class Recipe:
         return tuple(
             (number, cast(MatrixMethod, step.method), step.where)
             for number, step in enumerate(self.steps, start=1 if self.basis is None else 2)
-            if not registry.reshapes(step.method)
+            if not (registry.reshapes(step.method) or registry.prunes_networks(step.method))
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,6 +203,11 @@ def _check_order(recipe: Recipe, origin: str) -> None:
             "method: gptq"
         )
     for before, step in zip((None, *recipe.steps), recipe.steps, strict=False):
+        if registry.prunes_networks(step.method) and (len(recipe.steps) > 1 or step.where != Where()):
+            raise RecipeError(
+                f"{origin}: {step.method.name} is for image classifiers, and the whole of one: make it the only step, "
+                "without 'where'"
+            )
         if not registry.reshapes(step.method):
             continue
         name = step.method.name
@@ -216,7 +224,7 @@ def recipe_from_method(name: str, fields: Mapping[str, Any], calibration: Calibr
     """The one-line form: one method for every linear of the blocks."""
     method = registry.from_fields(name, fields)
     checked = _parse_calibration(dataclasses.asdict(calibration or CalibrationOptions()), "calibration")
-    if registry.reshapes(method):
+    if registry.reshapes(method) or registry.prunes_networks(method):
         return Recipe(name=method.label(), steps=(Step(method=method),), calibration=checked)
     method = cast(MatrixMethod, method)
     title = method.label() if isinstance(method, LabelledMethod) else _title(method)
@@ -320,7 +328,9 @@ def _parse_step(mapping: Any, origin: str) -> Step:
 
 def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
     if not isinstance(mapping, Mapping):
-        raise RecipeError(f"{origin}: 'calibration' is a mapping with windows, length, seed or text, got {mapping!r}")
+        raise RecipeError(
+            f"{origin}: 'calibration' is a mapping with windows, length, seed, text or images, got {mapping!r}"
+        )
     allowed = {f.name: f for f in dataclasses.fields(CalibrationOptions)}
     refuse_unknown(mapping, allowed, origin, "key of 'calibration'")
     for name, value in mapping.items():
@@ -334,5 +344,5 @@ def _parse_calibration(mapping: Any, origin: str) -> CalibrationOptions:
         raise RecipeError(
             f"{origin}: {unknown_word('calibration order', str(mapping['order']), ('together', 'in_turn'))}"
         )
-    text = mapping.get("text")
-    return CalibrationOptions(**{**mapping, "text": None if text is None else str(text)})
+    files = {key: None if mapping.get(key) is None else str(mapping[key]) for key in ("text", "images")}
+    return CalibrationOptions(**{**mapping, **files})

@@ -29,7 +29,7 @@ from fettle.data.tokenizer import has_tokenizer
 from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import CheckpointError, DiskFullError, InterruptedRunError, UsageError
 from fettle.methods.protocols import BasisMethod
-from fettle.methods.registry import to_fields
+from fettle.methods.registry import prunes_networks, to_fields
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
@@ -95,6 +95,7 @@ def prepare(
         UsageError: no such device, a base that is compressed already, or a calibration text that is empty.
     """
     check_device(device)
+    _refuse_network_methods(recipe, model)
     folder = resolve(model)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
@@ -141,6 +142,18 @@ def prepare(
         layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
         reshaped=shaped.decided, base_is_reshaped=bool((base_record or {}).get("reshaped")),
     )  # fmt: skip
+
+
+def _refuse_network_methods(recipe: Recipe, model: str | Path) -> None:
+    """Raises UsageError for a step, or images, that only an image classifier can take."""
+    for step in recipe.steps:
+        if prunes_networks(step.method):
+            raise UsageError(
+                f"{step.method.name} prunes the filters of image classifiers, and {model} is none; to narrow a "
+                "language model use narrow or resize"
+            )
+    if recipe.calibration.images is not None:
+        raise UsageError(f"images are for image classifiers, and {model} is none; leave out --images")
 
 
 class _Calibration:

@@ -1,0 +1,85 @@
+"""A configuration in the family's own words for a pruned network, where it has them.
+
+transformers' families are told a few numbers, and every other width follows from them: a pruned network that keeps
+those proportions is an ordinary, narrower member of its family, and plain transformers loads it. So the numbers are
+read off the pruned network, the family's constructor is asked, and if every layer comes out as it is, that is its
+configuration. Else it keeps the original's, and only fettle, which reads the widths, can build it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fettle.errors import ModelError
+from fettle.vision.classifier import build_network
+from fettle.vision.widths import Widths, widths_of
+
+Numbers = Callable[[Mapping[str, Any], Widths], dict[str, Any]]
+
+
+def plain_config(config: Mapping[str, Any], widths: Widths, folder: Path) -> dict[str, Any] | None:
+    """The configuration of a network with these widths; None where the family cannot say them.
+
+    Args:
+        config: the original's.
+        widths: of the whole pruned network.
+        folder: named in errors.
+    """
+    numbers = _FAMILIES.get(str(config.get("model_type")))
+    if numbers is None:
+        return None
+    found = {**config, **numbers(config, widths)}
+    try:
+        network = build_network(found, folder)
+    except ModelError:
+        return None
+    return found if widths_of(network) == widths else None
+
+
+def _resnet(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+    return _stages("resnet", config, widths)
+
+
+def _regnet(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+    grouped = [value for value in widths.values() if len(value) == 3 and value[2] > 1]
+    found = _stages("regnet", config, widths)
+    return {**found, "groups_width": grouped[0][1] // grouped[0][2]} if grouped else found
+
+
+def _stages(prefix: str, config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+    """The stem's width, and that of each stage: what its first block's last convolution makes."""
+    depths = config.get("depths") or (3, 4, 6, 3)
+    sizes = []
+    for stage in range(len(depths)):
+        first = f"{prefix}.encoder.stages.{stage}.layers.0.layer."
+        last = max(int(name[len(first) :].split(".")[0]) for name in widths if name.startswith(first))
+        sizes.append(widths[f"{first}{last}.convolution"][0])
+    return {"embedding_size": widths[f"{prefix}.embedder.embedder.convolution"][0], "hidden_sizes": sizes}
+
+
+def _mobilenet(stem: str, last: str, full: tuple[int, int]) -> Numbers:
+    """The multiplier of all widths, read off the last layer, and no floor; V2 rounds to a multiple that may be less."""
+
+    def numbers(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
+        first, final = widths[stem][0], widths[last][0]
+        found: dict[str, Any] = {"depth_multiplier": final / full[1], "min_depth": min(first, 8)}
+        if "depth_divisible_by" in config or stem.startswith("mobilenet_v2"):
+            divisor = int(config.get("depth_divisible_by", 8))
+            while divisor > 1 and any(value[0] % divisor for value in list(widths.values())[:-1] if len(value) == 3):
+                divisor //= 2
+            found |= {"depth_divisible_by": divisor, "finegrained_output": False}
+        return found
+
+    return numbers
+
+
+_FAMILIES: dict[str, Numbers] = {
+    "resnet": _resnet,
+    "regnet": _regnet,
+    "mobilenet_v1": _mobilenet("mobilenet_v1.conv_stem.convolution", "mobilenet_v1.layer.25.convolution", (32, 1024)),
+    "mobilenet_v2": _mobilenet(
+        "mobilenet_v2.conv_stem.first_conv.convolution", "mobilenet_v2.conv_1x1.convolution", (32, 1280)
+    ),
+}
