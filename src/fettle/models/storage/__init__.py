@@ -18,7 +18,7 @@ error. A test proves it.
 from __future__ import annotations
 
 from fettle.models.storage.config import StoredScheme, is_stored_as_codes, quantization_config, stored_schemes
-from fettle.models.storage.matrices import read_input_quantizer, read_quantized, read_weight
+from fettle.models.storage.matrices import read_input_quantizer, read_packed, read_quantized, read_weight
 from fettle.models.storage.modules import input_obstacle, module_name
 from fettle.models.storage.standard import standard_obstacle
 
@@ -29,6 +29,7 @@ __all__ = [
     "module_name",
     "quantization_config",
     "read_input_quantizer",
+    "read_packed",
     "read_quantized",
     "read_weight",
     "standard_obstacle",
