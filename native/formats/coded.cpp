@@ -1,6 +1,7 @@
 #include "formats/coded.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -16,45 +17,71 @@ constexpr int kLargestUnit = 127;   // times 127 times 2 still fits 16 bits
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Codes `first` … of a stream, `count` of them.
-void read_codes(const uint8_t* stream, size_t stream_bytes, int bits, int64_t first, int count, uint8_t* codes) {
-  if (bits == 8) {
-    std::memcpy(codes, stream + first, static_cast<size_t>(count));
-    return;
-  }
-  const unsigned mask = (1u << bits) - 1u;
-  for (int i = 0; i < count; ++i) {
-    const int64_t bit = (first + i) * bits;
-    const size_t byte = static_cast<size_t>(bit >> 3);
-    unsigned two = stream[byte];
-    if (byte + 1 < stream_bytes) two |= static_cast<unsigned>(stream[byte + 1]) << 8;
-    codes[i] = static_cast<uint8_t>((two >> (bit & 7)) & mask);
-  }
+// The bits of eight neighbouring codes → a byte each: fields of 4·b, 2·b and b bits move apart, all at once.
+template <int BITS>
+inline uint64_t spread_eight(uint64_t dense) {
+  constexpr uint64_t kFour = (uint64_t{1} << (4 * BITS)) - 1, kTwo = (uint64_t{1} << (2 * BITS)) - 1, kOne = (1u << BITS) - 1;
+  constexpr uint64_t kTwos = kTwo | kTwo << 32, kOnes = kOne | kOne << 16 | kOne << 32 | kOne << 48;
+  dense = (dense & kFour) | ((dense & (kFour << (4 * BITS))) << (32 - 4 * BITS));
+  dense = (dense & kTwos) | ((dense & (kTwos << (2 * BITS))) << (16 - 2 * BITS));
+  return (dense & kOnes) | ((dense & (kOnes << BITS)) << (8 - BITS));
 }
 
-// One chunk of a tile: codes [8 rows][32 columns] → planes; see matrix.h.
-void pack_chunk(const uint8_t codes[kTileRows][kChunkColumns], int bits, uint8_t* out) {
-  const auto code = [&](int step, int lane) { return codes[lane / kStepColumns][step * kStepColumns + lane % kStepColumns]; };
+// A row of codes, a byte each; `codes` has room for a multiple of eight.
+template <int BITS>
+void read_row(const uint8_t* stream, size_t stream_bytes, int count, uint8_t* codes) {
+  size_t at = 0;
+  for (int i = 0; i < count; i += 8, at += BITS) {
+    uint64_t dense = 0;
+    if (at + 8 <= stream_bytes) {
+      std::memcpy(&dense, stream + at, 8);
+    } else {
+      std::memcpy(&dense, stream + at, std::min<size_t>(stream_bytes - at, BITS));
+    }
+    const uint64_t spread = spread_eight<BITS>(dense);
+    std::memcpy(codes + i, &spread, sizeof spread);
+  }
+  for (int i = count; i % 8 != 0; ++i) codes[i] = 0;
+}
+
+template <>
+void read_row<8>(const uint8_t* stream, size_t, int count, uint8_t* codes) {
+  std::memcpy(codes, stream, static_cast<size_t>(count));
+}
+
+// The planes of WIDTH bits of a chunk, those above the `low` lowest; words [steps][rows] of four codes.
+template <int WIDTH>
+uint8_t* pack_planes(const uint32_t words[kChunkSteps][kTileRows], int low, uint8_t* out) {
+  constexpr int kSteps = 8 / WIDTH;  // that one register holds
+  constexpr uint32_t kMask = ((1u << WIDTH) - 1u) * 0x01010101u;
+  for (int first = 0; first < kChunkSteps; first += kSteps, out += kStepBytes) {
+    uint32_t plane[kTileRows] = {};
+    for (int i = 0; i < kSteps; ++i)
+      for (int row = 0; row < kTileRows; ++row) plane[row] |= ((words[first + i][row] >> low) & kMask) << (i * WIDTH);
+    std::memcpy(out, plane, sizeof plane);
+  }
+  return out;
+}
+
+// One chunk of a tile: rows of codes, `stride` apart → planes; see matrix.h.
+void pack_chunk(const uint8_t* codes, size_t stride, int bits, uint8_t* out) {
+  uint32_t words[kChunkSteps][kTileRows];
+  for (int row = 0; row < kTileRows; ++row)
+    for (int step = 0; step < kChunkSteps; ++step)
+      std::memcpy(&words[step][row], codes + row * stride + step * kStepColumns, sizeof(uint32_t));
   if (bits == 8) {
     for (int step = 0; step < kChunkSteps; ++step)
-      for (int lane = 0; lane < kStepBytes; ++lane) *out++ = static_cast<uint8_t>(code(step, lane) ^ 0x80);
+      for (int row = 0; row < kTileRows; ++row) words[step][row] ^= 0x80808080u;
+    std::memcpy(out, words, sizeof words);
     return;
   }
-  int low = 0;  // bits of a code that earlier planes hold
-  for (int width = 4; width >= 1; width /= 2) {
-    if (!(bits & width)) continue;
-    const int steps = 8 / width, mask = (1 << width) - 1;  // steps that one register holds
-    for (int first = 0; first < kChunkSteps; first += steps) {
-      for (int lane = 0; lane < kStepBytes; ++lane) {
-        unsigned byte = 0;
-        for (int i = 0; i < steps; ++i)
-          byte |= static_cast<unsigned>((code(first + i, lane) >> low) & mask) << (i * width);
-        *out++ = static_cast<uint8_t>(byte);
-      }
-    }
-    low += width;
-  }
+  if (bits & 4) out = pack_planes<4>(words, 0, out);
+  if (bits & 2) out = pack_planes<2>(words, bits & 4, out);
+  if (bits & 1) pack_planes<1>(words, bits & 6, out);
 }
+
+using ReadRow = void (*)(const uint8_t* stream, size_t stream_bytes, int count, uint8_t* codes);
+constexpr ReadRow kReadRow[] = {nullptr, read_row<1>, read_row<2>, read_row<3>, read_row<4>, read_row<5>, read_row<6>, read_row<7>, read_row<8>};
 
 // The step between neighbouring levels where it is the same everywhere, exactly; 0 otherwise.
 float equal_step(const std::vector<float>& levels) {
@@ -116,9 +143,14 @@ Coded::Coded(const StoredCodes& stored, ThreadPool& pool) {
     zeros_ = Storage(shared);
     view_.zeros = zeros_.data();
   }
+  std::atomic<int> largest{0};
   pool.run(view_.tiles, 4, [&](int64_t first, int64_t last) {
-    for (int64_t tile = first; tile < last; ++tile) lay_out_tile(stored, static_cast<int>(tile));
+    int found = 0;
+    for (int64_t tile = first; tile < last; ++tile) found = std::max(found, lay_out_tile(stored, static_cast<int>(tile)));
+    for (int known = largest.load(); known < found && !largest.compare_exchange_weak(known, found);) continue;
   });
+  if (largest.load() >= static_cast<int>(stored.levels.size()))
+    refuse("a code is " + std::to_string(largest.load()) + ", and there are " + std::to_string(stored.levels.size()) + " levels");
 }
 
 void Coded::choose_units(const std::vector<float>& levels) {
@@ -147,32 +179,41 @@ void Coded::choose_units(const std::vector<float>& levels) {
     view_.units[code] = static_cast<uint8_t>(std::lround((view_.levels[code] - levels[0]) / view_.unit_size));
 }
 
-void Coded::lay_out_tile(const StoredCodes& stored, int tile) {
+int Coded::lay_out_tile(const StoredCodes& stored, int tile) {
   const Cut& cut = view_.cut;
-  const size_t number = static_cast<size_t>(number_bytes(stored.scale_type));
+  const size_t number = static_cast<size_t>(number_bytes(stored.scale_type)), padded = static_cast<size_t>(cut.padded());
   const size_t chunk_bytes = static_cast<size_t>(kChunkColumns) * stored.bits;
-  std::vector<uint8_t> padded(static_cast<size_t>(kTileRows) * cut.padded());
+  std::vector<uint8_t> codes(kTileRows * padded), apart(padded);
+  const bool limited = stored.levels.size() < (size_t{1} << stored.bits);  // or every code has a level
+  const bool as_stored = cut.groups == 1 || cut.group == cut.padded_group;
+  int largest = 0;
   for (int row = 0; row < kTileRows; ++row) {
     const int source = tile * kTileRows + row;
     if (source >= stored.rows) continue;
+    uint8_t* own = codes.data() + static_cast<size_t>(row) * padded;
+    uint8_t* read = as_stored ? own : apart.data();
+    const uint8_t* stream = stored.streams + static_cast<size_t>(source) * stored.stream_bytes;
+    kReadRow[stored.stream_bits](stream, stored.stream_bytes, cut.columns, read);
+    if (limited)
+      for (int i = 0; i < cut.columns; ++i) largest = std::max<int>(largest, read[i]);
     const int shared_row = stored.scale_rows == 1 ? 0 : source;
     for (int group = 0; group < cut.groups; ++group) {
-      const int first = group * cut.group, count = std::min(cut.group, cut.columns - first);
-      read_codes(stored.streams + static_cast<size_t>(source) * stored.stream_bytes, stored.stream_bytes, stored.stream_bits, first,
-                 count, padded.data() + static_cast<size_t>(row) * cut.padded() + group * cut.padded_group);
+      const int first = group * cut.group;
+      if (!as_stored) std::memcpy(own + static_cast<size_t>(group) * cut.padded_group, read + first, static_cast<size_t>(std::min(cut.group, cut.columns - first)));
       const size_t from = static_cast<size_t>(shared_row) * cut.groups + group;
       const size_t to = (static_cast<size_t>(tile) * cut.stored_groups() + group) * kTileRows + row;
-      std::memcpy(scales_.data() + to * number, static_cast<const uint8_t*>(stored.scales) + from * number, number);
+      const uint8_t* scale = static_cast<const uint8_t*>(stored.scales) + from * number;
+      if (number == 2) {
+        std::memcpy(scales_.data() + to * 2, scale, 2);
+      } else {
+        std::memcpy(scales_.data() + to * 4, scale, 4);
+      }
       if (stored.zero_codes != nullptr) zeros_.data()[to] = stored.zero_codes[from];
     }
   }
   uint8_t* out = codes_.data() + static_cast<size_t>(tile) * cut.chunks * chunk_bytes;
-  uint8_t chunk[kTileRows][kChunkColumns];
-  for (int c = 0; c < cut.chunks; ++c) {
-    for (int row = 0; row < kTileRows; ++row)
-      std::memcpy(chunk[row], padded.data() + static_cast<size_t>(row) * cut.padded() + c * kChunkColumns, kChunkColumns);
-    pack_chunk(chunk, stored.bits, out + c * chunk_bytes);
-  }
+  for (int c = 0; c < cut.chunks; ++c) pack_chunk(codes.data() + c * kChunkColumns, padded, stored.bits, out + c * chunk_bytes);
+  return largest;
 }
 
 }  // namespace fettle

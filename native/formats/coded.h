@@ -27,7 +27,7 @@ struct StoredCodes {
 
 class Coded {
  public:
-  // Throws std::invalid_argument where the numbers cannot be: sizes, bits, or more levels than codes.
+  // Throws std::invalid_argument where the numbers cannot be: sizes, bits, more levels than codes, a code without a level.
   Coded(const StoredCodes& stored, ThreadPool& pool);
 
   const CodedMatrix& view() const { return view_; }
@@ -36,7 +36,7 @@ class Coded {
 
  private:
   void choose_units(const std::vector<float>& levels);
-  void lay_out_tile(const StoredCodes& stored, int tile);
+  int lay_out_tile(const StoredCodes& stored, int tile);  // the largest code, where not every code has a level
 
   CodedMatrix view_;
   Storage codes_, scales_, zeros_;

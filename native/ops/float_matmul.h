@@ -105,7 +105,37 @@ inline void fill_coded(const CodedMatrix& weight, int tile, int first, int count
   }
 }
 
+// TILES tiles and T tokens without a panel: a value is used too few times to be kept. The same sums in the same order.
+template <int TILES, int T>
+inline void multiply_values(const DenseMatrix& weight, int tile, const float* inputs, float* out, int64_t stride) {
+  Floats sums[TILES][T];
+  int64_t start[TILES];
+  for (int r = 0; r < TILES; ++r) {
+    start[r] = static_cast<int64_t>(tile + r) * weight.columns * kTileRows;
+    for (int t = 0; t < T; ++t) sums[r][t] = Floats{};
+  }
+  for (int k = 0; k < weight.columns; ++k)
+    for (int r = 0; r < TILES; ++r) {
+      const Floats values = load_number(weight.values, weight.type, start[r] + k * 8);
+      for (int t = 0; t < T; ++t) sums[r][t] += values * all(inputs[static_cast<int64_t>(t) * weight.columns + k]);
+    }
+  for (int r = 0; r < TILES; ++r)
+    for (int t = 0; t < T; ++t)
+      for (int row = 0; row < kTileRows && (tile + r) * kTileRows + row < weight.rows; ++row)
+        out[t * stride + (tile + r) * kTileRows + row] = sums[r][t][row];
+}
+
+template <int T>
+inline void few_dense(const DenseMatrix& weight, const float* inputs, Span span, float* out, int64_t stride) {
+  constexpr int kTiles = T == 1 ? 4 : 2;
+  int tile = span.first;
+  for (; tile + kTiles <= span.last; tile += kTiles) multiply_values<kTiles, T>(weight, tile, inputs, out, stride);
+  for (; tile < span.last; ++tile) multiply_values<1, T>(weight, tile, inputs, out, stride);
+}
+
 void dense_matmul(const DenseMatrix& weight, const float* inputs, int tokens, Span span, float* out, int64_t stride) {
+  if (tokens == 1) return few_dense<1>(weight, inputs, span, out, stride);
+  if (tokens == 2) return few_dense<2>(weight, inputs, span, out, stride);
   const auto fill = [&](int tile, int first, int count, float* panel) { fill_dense(weight, tile, first, count, panel); };
   float_matmul(fill, weight.rows, weight.columns, inputs, tokens, span, out, stride);
 }

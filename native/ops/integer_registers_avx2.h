@@ -25,53 +25,83 @@ inline __m256i repeat_four(const int8_t* codes) {
   return _mm256_set1_epi32(four);
 }
 
-// Chunk → codes of 8 steps, in registers. AT: where the plane's bits belong in a code.
+// The bits of a plane that `mask` names, moved right, or left where `right` is negative.
+inline __m256i plane_bits(__m256i plane, int right, int mask) {
+  const __m256i moved = right == 0 ? plane : right > 0 ? _mm256_srli_epi16(plane, right) : _mm256_slli_epi16(plane, -right);
+  return _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+
+// The codes of one step of a chunk; `step` is a constant once the loop over steps is unrolled.
 template <int BITS>
-inline void unpack_registers(const uint8_t* planes, __m256i codes[kChunkSteps]) {
-  if constexpr (BITS == 8) {
-    for (int i = 0; i < kChunkSteps; ++i) codes[i] = load_bytes(planes + i * kStepBytes);
-    return;
-  }
-  constexpr int kSecond = BITS & 4 ? 4 : 0, kThird = (BITS & 4) + (BITS & 2);
+inline __m256i unpack_step(const uint8_t* planes, int step) {
+  if constexpr (BITS == 8) return load_bytes(planes + step * kStepBytes);
+  constexpr int kSecond = BITS & 4, kThird = BITS & 6;  // where the bits of the narrower planes belong
+  __m256i code = _mm256_setzero_si256();
   if constexpr ((BITS & 4) != 0) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int h = 0; h < 4; ++h, planes += kStepBytes) {
-      const __m256i both = load_bytes(planes);
-      codes[2 * h] = _mm256_and_si256(both, mask);
-      codes[2 * h + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-    }
+    code = plane_bits(load_bytes(planes + step / 2 * kStepBytes), step % 2 * 4, 15);
+    planes += 4 * kStepBytes;
   }
   if constexpr ((BITS & 2) != 0) {
-    const __m256i mask = _mm256_set1_epi8(3 << kSecond);
-    for (int q = 0; q < 2; ++q, planes += kStepBytes) {
-      const __m256i four = load_bytes(planes);
-      for (int i = 0; i < 4; ++i) {
-        const int right = 2 * i - kSecond;
-        const __m256i moved = right >= 0 ? _mm256_srli_epi16(four, right) : _mm256_slli_epi16(four, -right);
-        const __m256i part = _mm256_and_si256(moved, mask);
-        codes[4 * q + i] = kSecond ? _mm256_or_si256(codes[4 * q + i], part) : part;
-      }
-    }
+    const __m256i part = plane_bits(load_bytes(planes + step / 4 * kStepBytes), step % 4 * 2 - kSecond, 3 << kSecond);
+    code = kSecond != 0 ? _mm256_or_si256(code, part) : part;
+    planes += 2 * kStepBytes;
   }
   if constexpr ((BITS & 1) != 0) {
-    const __m256i mask = _mm256_set1_epi8(1 << kThird), eight = load_bytes(planes);
-    for (int i = 0; i < kChunkSteps; ++i) {
-      const int right = i - kThird;
-      const __m256i moved = right >= 0 ? _mm256_srli_epi16(eight, right) : _mm256_slli_epi16(eight, -right);
-      const __m256i part = _mm256_and_si256(moved, mask);
-      codes[i] = kThird ? _mm256_or_si256(codes[i], part) : part;
-    }
+    const __m256i part = plane_bits(load_bytes(planes), step - kThird, 1 << kThird);
+    code = kThird != 0 ? _mm256_or_si256(code, part) : part;
   }
+  return code;
 }
 
-// 16-bit sums of neighbours: units × inputs; SIGNED for codes of 8 bits.
-template <bool SIGNED>
-inline __m256i multiply(__m256i units, __m256i inputs) {
-  if constexpr (SIGNED) return _mm256_maddubs_epi16(_mm256_abs_epi8(units), _mm256_sign_epi8(inputs, units));
-  return _mm256_maddubs_epi16(units, inputs);
-}
+// Keeps a sum where the program says: gcc would otherwise put all products of a loop aside, in memory, and add them later.
+inline void settle(__m256i& sum) { asm("" : "+x"(sum)); }
 
 inline __m256i widen_pairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+inline __m256i unit_table(const CodedMatrix& weight) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.units)));
+}
+
+// What the groups of a tile share, as group_zeros of unpack.h, in a few instructions.
+inline __m256 fast_group_zeros(const CodedMatrix& weight, int tile, int group) {
+  if (weight.zeros == nullptr) return _mm256_set1_ps(weight.zero);
+  __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight.zeros + group_place(weight, tile, group)));
+  if (!weight.equal_steps) codes = _mm_shuffle_epi8(_mm256_castsi256_si128(unit_table(weight)), codes);
+  const __m256 units = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
+  return weight.bits == 8 ? _mm256_sub_ps(units, _mm256_set1_ps(128.0f)) : units;
+}
+
+// to[i] = from[2i] + from[2i + 1], as pairs of 16 bits
+inline void add_neighbours(const int32_t* from, int64_t count, int32_t* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 low = _mm256_loadu_ps(reinterpret_cast<const float*>(from + 2 * i));
+    const __m256 high = _mm256_loadu_ps(reinterpret_cast<const float*>(from + 2 * i + 8));
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), odd = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd));
+    const __m256i sums = _mm256_permute4x64_epi64(_mm256_add_epi16(even, odd), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), sums);
+  }
+  for (; i < count; ++i) to[i] = _mm_cvtsi128_si32(_mm_add_epi16(_mm_cvtsi32_si128(from[2 * i]), _mm_cvtsi32_si128(from[2 * i + 1])));
+}
+
+// -zero · Σ codes of each run of STEPS steps, in the pairs of columns in which maddubs adds: [tokens][runs]. Runs are
+// halves of chunks, chunks, or pairs of them. The caller deletes them.
+template <int STEPS>
+inline int32_t* run_starts(const QuantizedInputs& inputs, const Cut& cut, float zero) {
+  const int64_t halves = static_cast<int64_t>(inputs.tokens) * cut.chunks * 2;
+  int64_t runs = halves;
+  int32_t* starts = new int32_t[static_cast<size_t>(halves)];
+  const int32_t* from = inputs.pairs;
+  for (int steps = kChunkSteps / 2; steps < STEPS; steps *= 2, from = starts) add_neighbours(from, runs /= 2, starts);
+  const __m256i minus = _mm256_set1_epi16(static_cast<int16_t>(-static_cast<int>(zero)));
+  int64_t i = 0;
+  for (; i + 8 <= runs; i += 8) {
+    const __m256i sums = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(starts + i), _mm256_mullo_epi16(sums, minus));
+  }
+  for (; i < runs; ++i) starts[i] = _mm_cvtsi128_si32(_mm_mullo_epi16(_mm_cvtsi32_si128(from[i]), _mm256_castsi256_si128(minus)));
+  return starts;
+}
 
 // sum + scale · (what a block of one token gives)
 template <bool CENTRED>

@@ -30,11 +30,12 @@ int64_t multiply_adds(int64_t rounds) {
   __m256i sums[kSums], units = _mm256_set1_epi8(3), inputs = _mm256_set1_epi8(-5);
   for (__m256i& sum : sums) sum = _mm256_setzero_si256();
   for (int64_t round = 0; round < rounds; ++round) {
-    asm volatile("" : "+x"(units), "+x"(inputs));  // or the products would be taken out of the loop
+#pragma GCC unroll 12
     for (int k = 0; k < kSums; ++k) {
-      __m256i product = _mm256_maddubs_epi16(units, inputs);
-      asm volatile("" : "+x"(product));
+      __m256i product;  // by name, or the compiler would multiply once
+      asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(units), "x"(inputs));
       sums[k] = _mm256_add_epi16(sums[k], product);
+      settle(sums[k]);
     }
   }
   for (int k = 1; k < kSums; ++k) sums[0] = _mm256_xor_si256(sums[0], sums[k]);

@@ -78,8 +78,9 @@ void multiply_span(const Product& product, const Inputs& inputs, const Quantized
   kernels.dense(*matrix.dense(), values, tokens, span, product.out, product.stride);
 }
 
-// Tiles that a thread takes at once: enough of them to go round some times, an even number, since kernels take two.
-int64_t grain_of(int64_t tiles, int threads) { return std::max<int64_t>(2, tiles / (threads * 8) / 2 * 2); }
+// Tiles that a thread takes at once: an even number, since kernels take two; few, since the last thread lets the others
+// wait, and enough that what a call prepares for its tokens does not count.
+int64_t grain_of(int64_t tiles, int threads) { return std::clamp<int64_t>(tiles / (threads * 16) / 2 * 2, 2, 16); }
 
 }  // namespace
 

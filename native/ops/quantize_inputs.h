@@ -33,6 +33,15 @@ inline float quantize_block(const float* x, int length, int8_t* codes, float* to
 // Two sums of 16 bits for each half chunk: columns 0 and 1, columns 2 and 3 of its four steps.
 inline void sum_pairs(const int8_t* codes, int padded, int32_t* pairs) {
   for (int half = 0; half < padded / 16; ++half, codes += 16) {
+#if defined(__AVX2__)
+    __m128i bytes;
+    std::memcpy(&bytes, codes, sizeof bytes);
+    __m128i sums = _mm_maddubs_epi16(_mm_set1_epi8(1), bytes);
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4e));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xb1));
+    pairs[half] = _mm_cvtsi128_si32(sums);
+    continue;
+#endif
     int low = 0, high = 0;
     for (int step = 0; step < 16; step += kStepColumns) {
       low += codes[step] + codes[step + 1];

@@ -49,9 +49,15 @@ inline float largest(Floats v) {
 }
 
 inline Floats load_bfloat16(const uint16_t* from) {
+#if defined(__AVX2__)
+  __m128i bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
   Ints wide;
   for (int i = 0; i < 8; ++i) wide[i] = static_cast<int32_t>(static_cast<uint32_t>(from[i]) << 16);
   return as_floats(wide);
+#endif
 }
 inline Floats load_float16(const uint16_t* from) {
 #if defined(__F16C__)

@@ -195,7 +195,7 @@ def test_paged_equals_contiguous_and_threads_change_no_token(loaded) -> None:
 
 
 def test_an_opened_engine_says_what_a_loaded_model_says(loaded, tiny_llama: Path) -> None:
-    engine = open_engine(tiny_llama, runner=RunnerOptions(cache_tokens=100))
+    engine = open_engine(tiny_llama, engine="torch", runner=RunnerOptions(cache_tokens=100))
     made = engine.generate([Request(prompt=engine.encode("def fox"), max_tokens=12)])[0]
     wanted = complete_with(loaded, "def fox", Sampling(), max_new_tokens=12)
     assert (made.text, made.tokens, made.stopped) == (wanted.text, wanted.tokens, wanted.stopped)

@@ -31,7 +31,7 @@ def requests() -> list[Request]:
 
 
 def test_greedy_tokens_are_those_of_the_torch_runner() -> None:
-    expected = [made.tokens for made in open_engine("demo").generate(requests())]
+    expected = [made.tokens for made in open_engine("demo", engine="torch").generate(requests())]
     exact = NativeRunner.open(demo_folder(), pages=12, page_size=8, threads=2, integer=False, cache_type="float32")
     options = SchedulerOptions(max_sequences=3, max_step_tokens=16)  # 96 positions: sequences are thrown out again
     assert [made.tokens for made in Engine(exact, options=options).generate(requests())] == expected

@@ -15,6 +15,11 @@ from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.diagnose.model import DiagnosisOptions, diagnose_folder
 from fettle.engine.completion import complete
+from fettle.engine.prompts import Vocabulary
+from fettle.engine.runners import AUTO, RunnerOptions, open_engine
+from fettle.engine.sampler import Sampling
+from fettle.engine.scheduler import SchedulerOptions
+from fettle.engine.sequence import Request
 from fettle.errors import UsageError, unknown_word
 from fettle.evaluate.cached import CacheEvaluation
 from fettle.evaluate.cached import evaluate_cache as measure_cache
@@ -271,11 +276,22 @@ def generate(
     seed: int = 0,
     device: str = "cpu",
     generic: bool = False,
+    engine: str = AUTO,
 ) -> str:
-    """Continues a prompt; returns the new text alone. `temperature` 0 is greedy."""
+    """Continues a prompt; returns the new text alone. `temperature` 0 is greedy.
+
+    A `LoadedModel` is run by torch as it is; a name is opened with `engine` (as `open_engine`).
+    """
     check_device(device)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, device=device, generic=generic)
-    return complete(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if isinstance(model, LoadedModel):
+        return complete(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    vocabulary = Vocabulary.of_folder(resolve(model), generic=generic)
+    ids, sampling = vocabulary.encode(prompt), Sampling(temperature=temperature, seed=seed)
+    wanted = Request(prompt=ids, sampling=sampling, max_tokens=max_new_tokens)
+    longest = min(len(ids) + max_new_tokens, vocabulary.context_length or len(ids) + max_new_tokens)
+    options = RunnerOptions(cache_tokens=longest, device=device, generic=generic)
+    alone = SchedulerOptions(max_sequences=1)
+    return open_engine(model, engine=engine, runner=options, scheduler=alone).generate([wanted])[0].text
 
 
 def inspect(model: str | Path, *, generic: bool = False) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
+from fettle.cli.engine_choice import settle_engine
 from fettle.cli.options import Device, Generic, Json, Model, ReportPath
 from fettle.cli.output import console, emit_json, show, size, table
 from fettle.cli.recipe_choice import command_line
-from fettle.engine.runners import ENGINES, RunnerOptions
-from fettle.engine.speed import Measured, SpeedOptions, measure_speed, shares, weights_read
-from fettle.errors import UsageError, unknown_word
+from fettle.engine.runners import AUTO, ENGINE_NAMES, ENGINES, RunnerOptions
+from fettle.engine.speed import ARITHMETIC, Measured, SpeedOptions, measure_speed, shares, weights_read
+from fettle.errors import UsageError
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
@@ -22,7 +24,7 @@ from fettle.report.speed import write_speed
 from fettle.workers import available_threads
 
 Threads = Annotated[int | None, typer.Option(metavar="N", help="How many threads compute; by default all.", min=1)]
-Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINES)}.")]
+Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINE_NAMES)}.")]
 Prompt = Annotated[int | None, typer.Option(metavar="N", help="Tokens of the prompt that is read.", min=1)]
 New = Annotated[int, typer.Option(metavar="N", help="Tokens that every sequence decodes.", min=2)]
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="How many sequences decode at the same time.")]
@@ -32,7 +34,7 @@ DEFAULTS = SpeedOptions()
 
 def run(
     model: Model,
-    engine: Name = "torch",
+    engine: Name = AUTO,
     threads: Threads = None,
     prompt_tokens: Prompt = None,
     new_tokens: New = DEFAULTS.new_tokens,
@@ -49,9 +51,9 @@ def run(
     Example:
       fettle bench demo --threads 2
     """
-    if engine not in ENGINES:
-        raise UsageError(unknown_word("engine", engine, ENGINES))
     folder = resolve(model)
+    opening = RunnerOptions(threads=threads or available_threads(), device=device, generic=generic)
+    engine = settle_engine(engine, folder, opening)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
     context = context_length(checkpoint.config)
@@ -64,10 +66,8 @@ def run(
     options.check()
     if report is not None:
         require_writable(report)
-    used = threads or available_threads()
-    runner = ENGINES[engine](
-        folder, RunnerOptions(cache_tokens=options.cache_tokens, threads=used, device=device, generic=generic)
-    )
+    used = opening.threads
+    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens))
     read_bytes, weights = weights_read(checkpoint, anatomy)
     found = measure_speed(runner, options, threads=used)
     used_shares = shares(found, read_bytes, weights)
@@ -106,11 +106,15 @@ def _batches(text: str) -> tuple[int, ...]:
     return found
 
 
-def _median(value: Measured | dict[int, Measured]) -> Any:
+def _median(value: Measured | dict[int, Measured] | None) -> Any:
+    if value is None:
+        return None
     return value.median if isinstance(value, Measured) else {key: each.median for key, each in value.items()}
 
 
-def _spread(value: Measured | dict[int, Measured]) -> Any:
+def _spread(value: Measured | dict[int, Measured] | None) -> Any:
+    if value is None:
+        return None
     return value.spread if isinstance(value, Measured) else {key: each.spread for key, each in value.items()}
 
 
@@ -128,7 +132,7 @@ def _print(
             for batch, value in found["decode_tokens_per_second"].items()
         ),
         row("memory of this machine, read", found["read_bytes_per_second"], "GB/s", 1e-9),
-        row("float32 products of this machine", found["float32_operations_per_second"], "Gop/s", 1e-9),
+        *(row(words, found[key], "Gop/s", 1e-9) for key, words in ARITHMETIC.items() if found[key] is not None),
         ("weights that a token needs", size(read_bytes), ""),
         ("share of the memory, decode, 1 at once", _share(used["memory_bandwidth_share"]), ""),
         ("share of the arithmetic, prefill", _share(used["arithmetic_share"]), ""),

@@ -11,13 +11,14 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from fettle import api
+from fettle.cli.engine_choice import settle_engine
 from fettle.cli.flags import dataclass_flags, given, with_flags
 from fettle.cli.options import Device, Generic, Json, Model
 from fettle.cli.output import emit_json
 from fettle.engine.contiguous_runner import ContiguousRunner
 from fettle.engine.engine import Completion, Engine
 from fettle.engine.prompts import Vocabulary, require_text
-from fettle.engine.runners import ENGINES, RunnerOptions, open_engine
+from fettle.engine.runners import AUTO, ENGINE_NAMES, RunnerOptions, open_engine
 from fettle.engine.sampler import Sampling
 from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.sequence import Request
@@ -36,7 +37,7 @@ Tokens = Annotated[
     int, typer.Option("--max-tokens", "--max-new-tokens", metavar="N", help="How many tokens at most.", min=1)
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text that ends it; may be given again.")]
-Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINES)}.")]
+Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINE_NAMES)}.")]
 Draft = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses tokens; lookup: the text itself.")
 ]
@@ -53,7 +54,7 @@ def run(
     chat: Chat = False,
     max_tokens: Tokens = 64,
     stop: Stop = None,
-    engine: Name = "torch",
+    engine: Name = AUTO,
     draft: Draft = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -87,9 +88,10 @@ def run(
         cache_tokens=min(longest, vocabulary.context_length or longest), threads=threads, device=device, generic=generic
     )
     if scheme is None:
-        opened = open_engine(model, engine=engine, runner=options, scheduler=_alone(), draft=draft)
+        chosen = settle_engine(engine, resolve(model), options)
+        opened = open_engine(model, engine=chosen, runner=options, scheduler=_alone(), draft=draft)
     else:
-        if draft is not None or engine != "torch":
+        if draft is not None or engine not in (AUTO, "torch"):
             raise UsageError("--cache-bits goes with --engine torch and without --draft: such a cache forgets nothing")
         opened = _coded(model, scheme, options, vocabulary, len(ids))
     if asked is None:

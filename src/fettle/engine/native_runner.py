@@ -11,18 +11,21 @@ Cost: the weights as stored, and the cache, whose pages take memory when they ar
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fettle.engine.native_table import TableReader
+from fettle.engine.native_families import native_family
+from fettle.engine.native_table import TableReader, check_inputs
 from fettle.engine.runner import Batch, RunnerShape
-from fettle.errors import UsageError, unknown_word
+from fettle.errors import FettleError, UsageError, unknown_word
 from fettle.kernels.native import default_threads, plane
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.storage import stored_schemes
 
 if TYPE_CHECKING:
     from fettle._native import Decoder
@@ -30,12 +33,41 @@ if TYPE_CHECKING:
 CacheType = Literal["float16", "float32"]
 
 
+def require_native(folder: Path) -> None:
+    """Refuses what the data plane does not run, without reading a weight.
+
+    Raises:
+        UsageError: it is not built, lacks the model's family, or the model's inputs are quantized.
+        CheckpointError: damaged files.
+    """
+    plane()
+    checkpoint = Checkpoint.open(folder)
+    anatomy = read_anatomy(checkpoint)
+    native_family(anatomy)
+    for name, stored in stored_schemes(checkpoint, anatomy).items():
+        check_inputs(name, stored)
+
+
+def _read_verified(reader: TableReader) -> dict[str, Any]:
+    """The table, while a thread of its own compares the files with their hashes; damage is told first."""
+    with ThreadPoolExecutor(1) as beside:
+        verified = beside.submit(reader.checkpoint.verify_hashes)
+        try:
+            table = reader.read()
+        except FettleError:
+            verified.result()
+            raise
+        verified.result()
+        return table
+
+
 class NativeRunner:
     """A checkpoint on the native data plane; one call at a time."""
 
-    def __init__(self, decoder: Decoder, shape: RunnerShape) -> None:
+    def __init__(self, decoder: Decoder, shape: RunnerShape, *, multiplies_bytes: bool) -> None:
         self._decoder = decoder
         self._shape = shape
+        self.multiplies_bytes = multiplies_bytes  # whether inputs of compressed linears become bytes, and there are any
 
     @classmethod
     def open(
@@ -64,11 +96,9 @@ class NativeRunner:
             UsageError: there is no native data plane here, it lacks a part of this model, or a number cannot be.
             CheckpointError: damaged files.
         """
-        checkpoint = Checkpoint.open(folder)
-        checkpoint.verify_hashes()
         return cls.of(
-            checkpoint, pages=pages, page_size=page_size, threads=threads, integer=integer, cache_type=cache_type,
-            kernels=kernels,
+            Checkpoint.open(folder), pages=pages, page_size=page_size, threads=threads, integer=integer,
+            cache_type=cache_type, kernels=kernels,
         )  # fmt: skip
 
     @classmethod
@@ -91,7 +121,7 @@ class NativeRunner:
         native = plane()
         pool = native.Pool(threads or default_threads())
         reader = TableReader(checkpoint, read_anatomy(checkpoint), pool)
-        decoder = native.Decoder(reader.read(), pages, page_size, cache_type, pool, integer, kernels)
+        decoder = native.Decoder(_read_verified(reader), pages, page_size, cache_type, pool, integer, kernels)
         shape = RunnerShape(
             page_size=page_size,
             pages=pages,
@@ -100,7 +130,7 @@ class NativeRunner:
             context_length=reader.sizes.context,
             rope_switch=None if reader.rotary is None else reader.rotary.switch,
         )
-        return cls(decoder, shape)
+        return cls(decoder, shape, multiplies_bytes=integer and bool(reader.stored))
 
     @property
     def shape(self) -> RunnerShape:

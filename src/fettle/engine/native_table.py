@@ -28,7 +28,7 @@ from fettle.engine.native_families import (
     window_of,
 )
 from fettle.errors import UsageError
-from fettle.kernels.native import coded_matrix, dense_matrix
+from fettle.kernels.native import coded_matrix, dense_matrix, packed_matrix, runs_as_codes
 from fettle.kernels.native_sparse import masked_matrix
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint, check_finite
@@ -36,10 +36,11 @@ from fettle.models.module_tree import build_tree, parameter_of
 from fettle.models.parts import Block, Linear
 from fettle.models.rotary import Rotary, read_rotary
 from fettle.models.shared_tensors import is_part
-from fettle.models.storage import StoredScheme, read_quantized, stored_schemes
+from fettle.models.storage import StoredScheme, read_packed, read_quantized, stored_schemes
 from fettle.tensors.masked import MaskedTensor
+from fettle.tensors.packing import can_stay_packed
 from fettle.tensors.quantized import QuantizedTensor
-from fettle.tensors.weights import CompressedWeight
+from fettle.tensors.scheme import Scheme
 
 if TYPE_CHECKING:
     from fettle._native import Matrix, Pool
@@ -197,7 +198,12 @@ class TableReader:
     def _laid_out(self, linear: Linear, rows: Sequence[int] | None) -> Matrix:
         stored = self.stored.get(linear.name)
         if stored is not None:
-            found = self._codes(linear, stored)
+            check_inputs(linear.name, stored)
+            scheme = stored.scheme
+            if isinstance(scheme, Scheme) and can_stay_packed(scheme, stored.storage) and runs_as_codes(scheme):
+                packed = read_packed(self.checkpoint, linear, stored)
+                return packed_matrix(packed if rows is None else packed.rows(_span(rows)), self.pool)
+            found = read_quantized(self.checkpoint, linear, stored)
             whole = isinstance(found, QuantizedTensor) and (rows is None or found.remainder is None)
             if isinstance(found, QuantizedTensor) and whole:
                 return coded_matrix(_rows_of(found, rows), self.pool)
@@ -211,14 +217,6 @@ class TableReader:
         if rows is not None:
             weight = weight[_span(rows)]
         return dense_matrix(weight if weight.dtype in _KINDS else weight.float(), self.pool)
-
-    def _codes(self, linear: Linear, stored: StoredScheme) -> CompressedWeight:
-        if stored.scheme.activations is not None:
-            raise UsageError(
-                f"{linear.name} quantizes its inputs ({stored.scheme.activations.describe()}), which the native engine "
-                "does not; use --engine torch"
-            )
-        return read_quantized(self.checkpoint, linear, stored)
 
     def _bias(self, linear: Linear, rows: Sequence[int] | None = None) -> NDArray[np.float32] | None:
         name = f"{linear.weight_name.removesuffix('.weight')}.bias"
@@ -267,6 +265,15 @@ def fused_rows(out: int, values: tuple[int, int, int]) -> tuple[list[int], list[
         [start + row for start in range(0, out, period) for row in range(low, high)] for low, high in cuts
     )
     return query, key, value
+
+
+def check_inputs(name: str, stored: StoredScheme) -> None:
+    """Raises UsageError for a linear that quantizes its inputs by the checkpoint's own rule."""
+    if stored.scheme.activations is not None:
+        raise UsageError(
+            f"{name} quantizes its inputs ({stored.scheme.activations.describe()}), which the native engine "
+            "does not; use --engine torch"
+        )
 
 
 def _span(rows: Sequence[int]) -> Any:

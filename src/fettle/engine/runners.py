@@ -2,6 +2,10 @@
 
 torch    the reference: transformers' model over a paged cache, on any device
 native   the data plane in C++, on the processor: codes times bytes, a whole step in one call
+auto     native where it is built and runs the model, else torch: the default
+
+Inputs of compressed linears are bytes in the native runner and keys and values have 16 bits, so its greedy tokens are
+torch's but for near ties; for the reference's own, ask for torch.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fettle.engine.engine import Engine
-from fettle.engine.native_runner import NativeRunner
+from fettle.engine.native_runner import NativeRunner, require_native
 from fettle.engine.payoff import Payoff
 from fettle.engine.prompts import Vocabulary
 from fettle.engine.runner import Runner
@@ -73,26 +77,54 @@ def open_torch_runner(folder: Path, options: RunnerOptions) -> Runner:
     return TorchRunner(loaded, pages=pages, page_size=options.page_size, threads=options.threads)
 
 
+def _check_native(options: RunnerOptions) -> None:
+    if options.device != "cpu" or options.generic:
+        what = "--generic" if options.generic else f"--device {options.device}"
+        raise UsageError(f"the native engine does not run with {what}; use --engine torch")
+
+
 def open_native_runner(folder: Path, options: RunnerOptions) -> Runner:
     """The runner of the native data plane.
 
     Raises:
         UsageError: another device than the processor, a model that it has no parts for, or it is not built.
     """
-    if options.device != "cpu" or options.generic:
-        what = "--generic" if options.generic else f"--device {options.device}"
-        raise UsageError(f"the native engine does not run with {what}; use --engine torch")
+    _check_native(options)
     pages = options.pages(context_length(Checkpoint.open(folder).config))
     return NativeRunner.open(folder, pages=pages, page_size=options.page_size, threads=options.threads)
 
 
 ENGINES: dict[str, Opener] = {"torch": open_torch_runner, "native": open_native_runner}
+AUTO = "auto"
+ENGINE_NAMES = (AUTO, *ENGINES)
+
+
+def choose_engine(engine: str, folder: Path, options: RunnerOptions) -> tuple[str, str | None]:
+    """The name of the runner that an engine's name means for a model, and why it is not the native one.
+
+    Returns:
+        (key of `ENGINES`, reason): a sentence where "auto" fell back to torch, else None.
+
+    Raises:
+        UsageError: an unknown name.
+        ModelError: damaged files.
+    """
+    if engine not in ENGINE_NAMES:
+        raise UsageError(unknown_word("engine", engine, ENGINE_NAMES))
+    if engine != AUTO:
+        return engine, None
+    try:
+        _check_native(options)
+        require_native(folder)
+    except UsageError as error:
+        return "torch", str(error).partition("; use --engine")[0].partition(". Use --engine")[0]
+    return "native", None
 
 
 def open_engine(
     model: str | Path,
     *,
-    engine: str = "torch",
+    engine: str = AUTO,
     runner: RunnerOptions | None = None,
     scheduler: SchedulerOptions | None = None,
     draft: str | Path | None = None,
@@ -102,7 +134,7 @@ def open_engine(
 
     Args:
         model: "demo", a folder or a hub id, compressed or not.
-        engine: the runner's name, a key of `ENGINES`.
+        engine: the runner's name, one of `ENGINE_NAMES`; `choose_engine` tells what "auto" takes.
         runner: how it is opened: cache, threads, device.
         scheduler: how much runs at once.
         draft: what guesses tokens: a smaller model with the same vocabulary, "lookup" for the text itself, or nothing.
@@ -112,10 +144,9 @@ def open_engine(
         UsageError: a name or number that cannot be, an encoder, or a draft model with another vocabulary.
         ModelError: damaged files.
     """
-    if engine not in ENGINES:
-        raise UsageError(unknown_word("engine", engine, ENGINES))
     folder, options = resolve(model), runner or RunnerOptions()
-    opened = ENGINES[engine](folder, options)
+    chosen, _ = choose_engine(engine, folder, options)
+    opened = ENGINES[chosen](folder, options)
     drafter = payoff = None
     if draft is not None:
         drafter, payoff = open_drafter(draft, opened, engine, options), Payoff(draft_tokens)
@@ -135,4 +166,5 @@ def open_drafter(draft: str | Path, target: Runner, engine: str, options: Runner
         device=options.device,
         generic=options.generic,
     )
-    return DraftModel(ENGINES[engine](resolve(draft), alike), target)
+    folder = resolve(draft)
+    return DraftModel(ENGINES[choose_engine(engine, folder, alike)[0]](folder, alike), target)

@@ -1,12 +1,13 @@
 """How fast an engine runs a model, beside what this machine could do at most.
 
     memory_bandwidth_share = bytes of the weights that a token needs · tokens a second, one sequence / bytes a second
-    read arithmetic_share       = 2 · those weights · prompt tokens a second / float32 operations a second
+    arithmetic_share       = 2 · those weights · prompt tokens a second / operations a second
 
 One sequence that decodes reads every weight for every token, so memory is its limit; a prompt uses every weight for
 many tokens, so arithmetic is. Both limits are measured in the same run: the sum of an array much larger than the
-caches, and a product of matrices. A part of an embedding's table is read, not all of it, so it does not count (a tied
-one does: it is the head).
+caches, and a product of float32 matrices, or, where the runner multiplies codes with bytes, the multiply-adds of bytes
+that this processor does at best (`integer_operations_per_second`; null elsewhere). A part of an embedding's table is
+read, not all of it, so it does not count (a tied one does: it is the head).
 
 Each repetition measures everything once, one after the other, so that a noisy minute meets all alike; medians are
 of the repetitions, the spread is (largest - smallest) / median.
@@ -24,17 +25,23 @@ from typing import Any
 import torch
 
 from fettle.engine.engine import Engine
+from fettle.engine.native_runner import NativeRunner
 from fettle.engine.runner import Runner
 from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.sequence import Request
 from fettle.engine.torch_runner import torch_threads
 from fettle.errors import UsageError
+from fettle.kernels.native import default_threads, plane
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
 
 READ_BYTES = 1 << 28  # far more than any cache
 MATRIX = 1536  # rows and columns of the product
 TRIES = 3  # of a limit, a repetition; the best counts
+ARITHMETIC = {  # a measured limit → what it is
+    "float32_operations_per_second": "float32 products of this machine",
+    "integer_operations_per_second": "products of bytes of this machine",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,8 @@ def measure_speed(runner: Runner, options: SpeedOptions, *, threads: int | None 
             found[str(batch)].append(_decode(runner, options, batch))
         found["bandwidth"].append(read_bandwidth(threads))
         found["arithmetic"].append(float32_operations(threads))
+        if multiplies_bytes(runner):
+            found.setdefault("bytes", []).append(integer_operations(threads))
     measured = {name: Measured.of(values) for name, values in found.items()}
     return {
         "prefill_tokens_per_second": measured["prefill"],
@@ -144,6 +153,7 @@ def measure_speed(runner: Runner, options: SpeedOptions, *, threads: int | None 
         "decode_tokens_per_second": {batch: measured[str(batch)] for batch in options.batches},
         "read_bytes_per_second": measured["bandwidth"],
         "float32_operations_per_second": measured["arithmetic"],
+        "integer_operations_per_second": measured.get("bytes"),
     }
 
 
@@ -152,10 +162,8 @@ def shares(found: dict[str, Any], read_bytes: int, weights: int) -> dict[str, fl
     one = found["decode_tokens_per_second"].get(1)
     bandwidth = None if one is None else read_bytes * one.median / found["read_bytes_per_second"].median
     operations = 2 * weights * found["prefill_tokens_per_second"].median
-    return {
-        "memory_bandwidth_share": bandwidth,
-        "arithmetic_share": operations / found["float32_operations_per_second"].median,
-    }
+    limit = found.get("integer_operations_per_second") or found["float32_operations_per_second"]
+    return {"memory_bandwidth_share": bandwidth, "arithmetic_share": operations / limit.median}
 
 
 def read_bandwidth(threads: int | None = None) -> float:
@@ -170,6 +178,17 @@ def float32_operations(threads: int | None = None) -> float:
     matrix = torch.ones(MATRIX, MATRIX)
     with torch_threads(threads):
         return 2 * MATRIX**3 / _best(lambda: matrix @ matrix)
+
+
+def multiplies_bytes(runner: Runner) -> bool:
+    """Whether a runner's products are of codes and bytes."""
+    return isinstance(runner, NativeRunner) and runner.multiplies_bytes
+
+
+def integer_operations(threads: int | None = None) -> float:
+    """Multiplications and additions of bytes a second, by the native kernels' own instructions."""
+    pool = plane().Pool(threads or default_threads())
+    return float(plane().integer_peak(pool, TRIES))
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -28,8 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fettle.errors import UsageError
+from fettle.errors import CheckpointError, UsageError
+from fettle.tensors.packed import PackedTensor
 from fettle.tensors.quantized import QuantizedTensor
+from fettle.tensors.scales import Shared
+from fettle.tensors.scheme import Scheme
 
 if TYPE_CHECKING:
     from fettle._native import Matrix, Pool
@@ -95,28 +98,58 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def runs_as_codes(scheme: Scheme) -> bool:
+    """Whether there is a kernel for the codes of a scheme without remainder; else they are multiplied as values."""
+    # two scales in 16 bits: their product is rounded before it meets a code
+    two_scales = scheme.has_tensor_scale and scheme.value_dtype != torch.float32
+    levels = [] if scheme.grid.is_learned else list(scheme.grid.levels)
+    return not (two_scales or scheme.grid.is_learned) and bool(plane().has_units(levels, scheme.grid.bits))
+
+
 def coded_matrix(weight: QuantizedTensor, pool: Pool) -> Matrix:
     """A compressed weight [out, in] as a matrix: of codes where the kernels have its grid, else of values."""
-    grid, scheme = weight.scheme.grid, weight.scheme
-    levels = [] if grid.is_learned else list(grid.levels)
-    # two scales in 16 bits: their product is rounded before it meets a code
-    two_scales = weight.tensor_scale is not None and scheme.value_dtype != torch.float32
-    if two_scales or grid.is_learned or weight.remainder is not None or not plane().has_units(levels, grid.bits):
+    scheme = weight.scheme
+    if weight.remainder is not None or not runs_as_codes(scheme):
         exact = weight.remainder is None
         return dense_matrix(weight.dequantize(scheme.value_dtype if exact else torch.float32), pool)
-    columns = weight.shape[1]
-    gain = 1.0 if weight.tensor_scale is None else 1 / float(weight.tensor_scale)
+    codes = weight.codes.contiguous().numpy()
+    return _coded(codes, 8, weight.shape[1], weight.shared, scheme, weight.tensor_scale, pool)
+
+
+def packed_matrix(weight: PackedTensor, pool: Pool) -> Matrix:
+    """A weight whose codes are packed as a matrix of codes, straight from their bits; see `runs_as_codes`.
+
+    Raises:
+        CheckpointError: a code for which the grid has no level.
+    """
+    streams = weight.words.contiguous().numpy().view("uint8")  # [out, bytes]
+    shared = Shared(scale=weight.scale, zero_point=weight.zero_point)
+    try:
+        return _coded(streams, weight.scheme.grid.bits, weight.columns, shared, weight.scheme, None, pool)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; the file is damaged ({weight.scheme.describe()})") from error
+
+
+def _coded(
+    streams: Any,
+    stream_bits: int,
+    columns: int,
+    shared: Shared,
+    scheme: Scheme,
+    tensor_scale: Tensor | None,
+    pool: Pool,
+) -> Matrix:
     matrix: Matrix = plane().coded(
-        streams=weight.codes.contiguous().numpy(),
+        streams=streams,
         columns=columns,
-        stream_bits=8,
-        bits=grid.bits,
+        stream_bits=stream_bits,
+        bits=scheme.grid.bits,
         group=scheme.group_width(columns),
-        scales=as_numpy(weight.scale),
-        scale_type=NUMBERS[weight.scale.dtype],
-        levels=levels,
-        zero_codes=None if weight.zero_point is None else weight.zero_point.contiguous().numpy(),
-        gain=gain,
+        scales=as_numpy(shared.scale),
+        scale_type=NUMBERS[shared.scale.dtype],
+        levels=list(scheme.grid.levels),
+        zero_codes=None if shared.zero_point is None else shared.zero_point.contiguous().numpy(),
+        gain=1.0 if tensor_scale is None else 1 / float(tensor_scale),
         pool=pool,
     )
     return matrix

@@ -20,6 +20,7 @@ FIGURES = (  # key, name, unit, factor
     ("time_to_first_token_seconds", "time to the first token", "ms", 1e3),
     ("read_bytes_per_second", "memory of this machine, read", "GB/s", 1e-9),
     ("float32_operations_per_second", "float32 products of this machine", "Gop/s", 1e-9),
+    ("integer_operations_per_second", "products of bytes of this machine", "Gop/s", 1e-9),
 )
 
 
@@ -45,7 +46,9 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
         "arithmetic, prefill": document["arithmetic_share"],
     }
     table = [
-        (name, f"{document[key] * factor:,.4g} {unit}", f"{spread[key]:.0%}") for key, name, unit, factor in FIGURES
+        (name, f"{document[key] * factor:,.4g} {unit}", f"{spread[key]:.0%}")
+        for key, name, unit, factor in FIGURES
+        if document.get(key) is not None
     ]
     table += [
         (f"decode, {batch} at once", f"{value:,.4g} tokens/s", f"{spread['decode_tokens_per_second'][batch]:.0%}")
@@ -69,8 +72,9 @@ def _view(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _words(document: Mapping[str, Any]) -> str:
     share = document["memory_bandwidth_share"]
+    kind = "float32" if document.get("integer_operations_per_second") is None else "integer"
     told = "" if share is None else f" One sequence uses {share:.0%} of the memory's speed,"
-    told += f"{' a' if told else ' A'} prompt {document['arithmetic_share']:.0%} of the float32 arithmetic."
+    told += f"{' a' if told else ' A'} prompt {document['arithmetic_share']:.0%} of the {kind} arithmetic."
     return f"{document['engine']} on {document['device']}, {document['threads']} threads.{told}"
 
 

@@ -24,7 +24,7 @@ from fettle.models.storage.config import (
     sharing_config,
     stored_schemes,
 )
-from fettle.models.storage.matrices import read_input_quantizer, read_quantized, read_weight
+from fettle.models.storage.matrices import read_input_quantizer, read_packed, read_quantized, read_weight
 from fettle.models.storage.modules import input_obstacle, module_name
 from fettle.models.storage.standard import standard_obstacle
 
@@ -35,6 +35,7 @@ __all__ = [
     "module_name",
     "quantization_config",
     "read_input_quantizer",
+    "read_packed",
     "read_quantized",
     "read_weight",
     "sharing_config",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from fettle.models.masked_storage import read_masked
 from fettle.models.storage.config import StoredScheme
 from fettle.tensors.activations import InputQuantizer
 from fettle.tensors.masked import MaskedScheme
+from fettle.tensors.packed import PackedTensor, can_stay_packed
 from fettle.tensors.quantized import stored_input_scale
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.storages import code_tensor
@@ -29,6 +33,25 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
     """The codes, scales and zero points of `linear`; raises `NonFiniteError` for a scale that is NaN or infinite."""
     if isinstance(stored.scheme, MaskedScheme):
         return read_masked(checkpoint, linear, stored.scheme)
+    state = _read_state(checkpoint, linear, stored)
+    with _blaming(checkpoint, linear):
+        quantized = weight_from_state(state, stored.scheme, stored.storage)
+    _check_shape(quantized.shape, linear)
+    return quantized
+
+
+def read_packed(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> PackedTensor:
+    """As `read_quantized` for a scheme that `can_stay_packed`, codes as they lie in the file."""
+    assert isinstance(stored.scheme, Scheme) and can_stay_packed(stored.scheme, stored.storage)
+    state = _read_state(checkpoint, linear, stored)
+    with _blaming(checkpoint, linear):
+        packed = PackedTensor.from_state(state, stored.scheme)
+    _check_shape(packed.shape, linear)
+    return packed
+
+
+def _read_state(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme) -> dict[str, Tensor]:
+    """The stored tensors of a weight by their local names: all there, and no scale that is NaN or infinite."""
     stem = linear.weight_name.removesuffix(".weight")
     spec = stored.scheme.state_spec(linear.shape, stored.storage)
     names = dict.fromkeys((*_NAMES, *spec))
@@ -45,15 +68,21 @@ def read_quantized(checkpoint: Checkpoint, linear: Linear, stored: StoredScheme)
         exponents = name == "weight_scale" and found.dtype == torch.uint8
         if exponents or found.dtype.is_floating_point:
             check_finite(f"{stem}.{name}", found.view(torch.float8_e8m0fnu) if exponents else found)
+    return state
+
+
+@contextmanager
+def _blaming(checkpoint: Checkpoint, linear: Linear) -> Iterator[None]:
+    """Puts the linear and the folder in front of what a damaged weight's error says."""
     try:
-        quantized = weight_from_state(state, stored.scheme, stored.storage)
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{linear.name} in {checkpoint.folder}: {error}") from error
-    if quantized.shape != linear.shape:
-        raise CheckpointError(
-            f"{linear.name} is stored with shape {list(quantized.shape)}, expected {list(linear.shape)}."
-        )
-    return quantized
+
+
+def _check_shape(found: tuple[int, int], linear: Linear) -> None:
+    if found != linear.shape:
+        raise CheckpointError(f"{linear.name} is stored with shape {list(found)}, expected {list(linear.shape)}.")
 
 
 def _input_names(scheme: WeightScheme) -> set[str]:
