@@ -53,7 +53,9 @@ def plane() -> ModuleType:
         raise UsageError(f"{missing()}. Install fettle again where there is one, or use --engine torch") from error
     asked, there = os.environ.get(FORCE, ""), _native.features()["available"]
     if asked not in ("", *there):
-        raise UsageError(f"{FORCE} is {asked!r}; this processor and this build run {', '.join(there)}. Take one, or unset it")
+        raise UsageError(
+            f"{FORCE} is {asked!r}; this processor and this build run {', '.join(there)}. Take one, or unset it"
+        )
     return _native
 
 
