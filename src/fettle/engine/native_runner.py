@@ -12,7 +12,7 @@ Cost: the weights as stored, and the cache, whose pages take memory when they ar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from fettle.models.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from fettle._native import Decoder
 
-CacheType = Literal["float16", "float32"]
+CacheType = Literal["float16", "float32", "int8"]
 
 
 class NativeRunner:
@@ -57,7 +57,7 @@ class NativeRunner:
             page_size: tokens a page.
             threads: to compute with; None: all processors that the process may use.
             integer: whether compressed linears read their inputs as bytes.
-            cache_type: what keys and values are kept in.
+            cache_type: what keys and values are kept in; int8: codes, a float32 scale a token and head.
             kernels: "portable" or "avx2"; "" for the best that this processor runs.
 
         Raises:
@@ -66,8 +66,8 @@ class NativeRunner:
         """
         if min(pages, page_size) < 1 or (threads is not None and threads < 1):
             raise UsageError(f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1")
-        if cache_type not in ("float16", "float32"):
-            raise UsageError(unknown_word("cache type", str(cache_type), ("float16", "float32")))
+        if cache_type not in get_args(CacheType):
+            raise UsageError(unknown_word("cache type", str(cache_type), get_args(CacheType)))
         native = plane()
         checkpoint = Checkpoint.open(folder)
         checkpoint.verify_hashes()

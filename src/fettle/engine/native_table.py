@@ -28,14 +28,14 @@ from fettle.engine.native_families import (
     window_of,
 )
 from fettle.errors import UsageError
-from fettle.kernels.native import coded_matrix, dense_matrix
+from fettle.kernels.native import coded_matrix, dense_matrix, round_inputs
 from fettle.kernels.native_sparse import masked_matrix
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of
 from fettle.models.parts import Block, Linear
 from fettle.models.rotary import Rotary, read_rotary
-from fettle.models.storage import StoredScheme, read_quantized, stored_schemes
+from fettle.models.storage import read_quantized, stored_schemes
 from fettle.tensors.masked import MaskedTensor
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.weights import CompressedWeight
@@ -184,28 +184,26 @@ class TableReader:
     def _matrix(self, linear: Linear, rows: Sequence[int] | None = None) -> Matrix:
         stored = self.stored.get(linear.name)
         if stored is not None:
-            found = self._codes(linear, stored)
+            found = read_quantized(self.checkpoint, linear, stored)
             whole = isinstance(found, QuantizedTensor) and (rows is None or found.remainder is None)
             if isinstance(found, QuantizedTensor) and whole:
-                return coded_matrix(_rows_of(found, rows), self.pool)
+                return self._reading(coded_matrix(_rows_of(found, rows), self.pool), found)
             if isinstance(found, MaskedTensor):
                 return masked_matrix(found, self.pool, None if rows is None else _span(rows))
             weight = found.dequantize()  # vector codes, pieces with a remainder: no kernel has them yet
-        else:
-            weight = self.checkpoint.read(linear.weight_name)
-            check_finite(linear.weight_name, weight)
-            weight = weight.T if linear.slot.transposed else weight
+            return self._reading(dense_matrix(weight if rows is None else weight[_span(rows)], self.pool), found)
+        weight = self.checkpoint.read(linear.weight_name)
+        check_finite(linear.weight_name, weight)
+        weight = weight.T if linear.slot.transposed else weight
         if rows is not None:
             weight = weight[_span(rows)]
         return dense_matrix(weight if weight.dtype in _KINDS else weight.float(), self.pool)
 
-    def _codes(self, linear: Linear, stored: StoredScheme) -> CompressedWeight:
-        if stored.scheme.activations is not None:
-            raise UsageError(
-                f"{linear.name} quantizes its inputs ({stored.scheme.activations.describe()}), which the native engine "
-                "does not; use --engine torch"
-            )
-        return read_quantized(self.checkpoint, linear, stored)
+    def _reading(self, matrix: Matrix, weight: CompressedWeight) -> Matrix:
+        """The matrix, reading its inputs as the checkpoint quantizes them where it does."""
+        if not isinstance(weight, QuantizedTensor) or weight.scheme.activations is None:
+            return matrix
+        return round_inputs(matrix, weight.scheme.activations, weight.input_scale)
 
     def _bias(self, linear: Linear, rows: Sequence[int] | None = None) -> NDArray[np.float32] | None:
         name = f"{linear.weight_name.removesuffix('.weight')}.bias"
