@@ -210,8 +210,8 @@ void bind_decoders(nb::module_& module) {
             cache.page_size = page_size;
             cache.kv_heads = arch.kv_heads;
             cache.head_size = arch.head_size;
-            cache.type = number_named(cache_type);
-            if (cache.type == Number::bfloat16) throw std::invalid_argument("the cache holds float32 or float16");
+            cache.type = cache_type == "int8" ? Number::int8 : number_named(cache_type);
+            if (cache.type == Number::bfloat16) throw std::invalid_argument("the cache holds float32, float16 or int8");
             new (self) Decoder(std::move(arch), cache, std::move(pool), integer, find_kernels(kernels));
           },
           nb::arg("table"), nb::arg("pages"), nb::arg("page_size"), nb::arg("cache_type"), nb::arg("pool"),

@@ -35,11 +35,25 @@ std::shared_ptr<Matrix> sparse_numbers(const Raw2& values, const std::string& ty
       SparseNumbers(values.data(), number, static_cast<int>(values.shape(0)), static_cast<int>(values.shape(1)), pool));
 }
 
+void set_rounding(Matrix& matrix, const std::string& kind, int bits, float scale, float point) {
+  InputRounding rounding;
+  if (kind == "symmetric") rounding.kind = InputRounding::Kind::symmetric;
+  if (kind == "asymmetric") rounding.kind = InputRounding::Kind::asymmetric;
+  if (kind == "e4m3") rounding.kind = InputRounding::Kind::e4m3;
+  if (rounding.kind == InputRounding::Kind::none) throw std::invalid_argument("inputs are rounded symmetric, asymmetric or e4m3, not \"" + kind + "\"");
+  if (bits < 2 || bits > 8 || !(scale >= 0)) throw std::invalid_argument("inputs have 2 to 8 bits and a scale that is not negative");
+  rounding.bits = bits;
+  rounding.scale = scale;
+  rounding.point = point;
+  matrix.set_rounding(rounding);
+}
+
 }  // namespace
 
 void bind_sparse(nb::module_& module) {
   module.def("sparse_codes", &sparse_codes, nb::arg("codes"), nb::arg("kept"), nb::arg("bits"), nb::arg("group"),
              nb::arg("scales"), nb::arg("scale_type"), nb::arg("levels"), nb::arg("gain"), nb::arg("pool"));
+  module.def("set_rounding", &set_rounding, nb::arg("matrix"), nb::arg("kind"), nb::arg("bits"), nb::arg("scale"), nb::arg("point"));
   module.def("sparse_numbers", &sparse_numbers, nb::arg("values"), nb::arg("type"), nb::arg("pool"));
 }
 

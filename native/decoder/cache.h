@@ -29,10 +29,12 @@ class PagedCache {
   const Shape& shape() const { return shape_; }
 
  private:
-  size_t slab_bytes() const;  // keys or values of one page of one layer
+  size_t slab_bytes() const;     // keys or values of one page of one layer
+  size_t scale_floats() const;   // of a slab: one a position and head with int8, else none
+  float* scales(size_t part) const;  // of keys (even) or values (odd) of a layer, [pages][scale_floats]
 
   Shape shape_;
-  uint8_t* memory_ = nullptr;  // [layers][keys, values][pages][slab]
+  uint8_t* memory_ = nullptr;  // [layers][keys, values][pages][slab], then scales in the same order
   size_t bytes_ = 0;
 };
 

@@ -24,9 +24,11 @@ constexpr int kChunkSteps = 8;
 constexpr int kChunkColumns = kStepColumns * kChunkSteps;
 constexpr int kStepBytes = kTileRows * kStepColumns;
 
-enum class Number : int { float32, float16, bfloat16 };
+enum class Number : int { float32, float16, bfloat16, int8 };  // int8: in the cache alone
 
-inline constexpr int number_bytes(Number type) { return type == Number::float32 ? 4 : 2; }
+inline constexpr int number_bytes(Number type) {
+  return type == Number::float32 ? 4 : type == Number::int8 ? 1 : 2;
+}
 
 // How the columns of a coded matrix are cut. Inputs are quantized to fit it; matrices with equal cuts share them.
 //

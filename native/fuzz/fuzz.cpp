@@ -208,7 +208,8 @@ bool one_decoder(const std::shared_ptr<ThreadPool>& pool, const Kernels& best) {
   shape.pages = 40;
   shape.kv_heads = arch.kv_heads;
   shape.head_size = arch.head_size;
-  shape.type = between(0, 1) == 0 ? Number::float32 : Number::float16;
+  const Number types[] = {Number::float32, Number::float16, Number::int8};
+  shape.type = types[between(0, 2)];
   const int tokens = between(1, std::min(40, shape.page_size * shape.pages));
   const int page_columns = (tokens + shape.page_size - 1) / shape.page_size;
   std::vector<int32_t> ids, positions, pages, rows;
@@ -242,7 +243,7 @@ bool one_decoder(const std::shared_ptr<ThreadPool>& pool, const Kernels& best) {
   }
   // Another instruction set may round a sum across a step of float16, and experts may then be chosen otherwise.
   const bool same_instructions = found[0] == found[1];
-  const bool loose = shape.type == Number::float16 || !arch.blocks[0].experts.empty() || !arch.blocks.back().experts.empty();
+  const bool loose = shape.type != Number::float32 || !arch.blocks[0].experts.empty() || !arch.blocks.back().experts.empty();
   return same_instructions && (loose || close(found[0], found[2], 1e-3f));
 }
 

@@ -27,6 +27,29 @@ inline const float* widen(const void* from, Number type, int64_t first, int64_t 
   return scratch;
 }
 
+// Codes of a slab → values; a scale belongs to a position, which is a column of keys and a row of values.
+inline const float* widen_keys(const CacheLayer& cache, int64_t slab_number, float* scratch) {
+  const int64_t slab = static_cast<int64_t>(cache.head_size) * cache.page_size, first = slab_number * slab;
+  if (cache.type != Number::int8) return widen(cache.keys, cache.type, first, slab, scratch);
+  const int8_t* codes = static_cast<const int8_t*>(cache.keys) + first;
+  const float* scales = cache.key_scales + slab_number * cache.page_size;
+  for (int d = 0; d < cache.head_size; ++d)
+    for (int j = 0; j < cache.page_size; ++j)
+      scratch[d * cache.page_size + j] = static_cast<float>(codes[d * cache.page_size + j]) * scales[j];
+  return scratch;
+}
+
+inline const float* widen_values(const CacheLayer& cache, int64_t slab_number, float* scratch) {
+  const int64_t slab = static_cast<int64_t>(cache.head_size) * cache.page_size, first = slab_number * slab;
+  if (cache.type != Number::int8) return widen(cache.values, cache.type, first, slab, scratch);
+  const int8_t* codes = static_cast<const int8_t*>(cache.values) + first;
+  const float* scales = cache.value_scales + slab_number * cache.page_size;
+  for (int j = 0; j < cache.page_size; ++j)
+    for (int d = 0; d < cache.head_size; ++d)
+      scratch[j * cache.head_size + d] = static_cast<float>(codes[j * cache.head_size + d]) * scales[j];
+  return scratch;
+}
+
 // One score. Never inlined: in a loop over rows the compiler fuses other products and sums than in a loop of its own, and
 // a row's score must not depend on how many rows there are.
 __attribute__((noinline)) float score_alone(const float* query, const float* keys, int size, int page) {
@@ -157,9 +180,9 @@ void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) 
   const int oldest = q.window > 0 && q.position + 1 > q.window ? q.position + 1 - q.window : 0;
   const int newest = q.position + q.tokens - 1;
   for (int number = oldest / page; number <= newest / page; ++number) {
-    const int64_t first = (static_cast<int64_t>(q.pages[number]) * cache.kv_heads + q.kv_head) * slab;
-    const float* keys = widen(cache.keys, cache.type, first, slab, wide_keys);
-    const float* values = widen(cache.values, cache.type, first, slab, wide_values);
+    const int64_t slab_number = static_cast<int64_t>(q.pages[number]) * cache.kv_heads + q.kv_head;
+    const float* keys = widen_keys(cache, slab_number, wide_keys);
+    const float* values = widen_values(cache, slab_number, wide_values);
     attend_page(q, number * page, page, size, keys, values, scores, stride, states);
   }
   for (int row = 0; row < rows; ++row) {
@@ -169,7 +192,31 @@ void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) 
   }
 }
 
+// One head of one position as codes from -127 to 127; `stride` apart. Returns their scale.
+inline float store_codes(const float* x, int size, int8_t* codes, int64_t stride) {
+  float top = 0;
+  for (int d = 0; d < size; ++d) {
+    const float magnitude = x[d] < 0 ? -x[d] : x[d];
+    top = magnitude > top ? magnitude : top;
+  }
+  const float inverse = top > 0 ? 127.0f / top : 0.0f;
+  for (int d = 0; d < size; ++d) codes[d * stride] = static_cast<int8_t>(to_nearest(all(x[d] * inverse))[0]);
+  return top / 127.0f;
+}
+
+void store_coded(const CacheLayer& cache, int page, int slot, const float* keys, const float* values) {
+  const int size = cache.head_size, length = cache.page_size;
+  for (int head = 0; head < cache.kv_heads; ++head) {
+    const int64_t number = static_cast<int64_t>(page) * cache.kv_heads + head, slab = number * size * length;
+    int8_t* key_codes = static_cast<int8_t*>(cache.keys) + slab + slot;
+    int8_t* value_codes = static_cast<int8_t*>(cache.values) + slab + static_cast<int64_t>(slot) * size;
+    cache.key_scales[number * length + slot] = store_codes(keys + head * size, size, key_codes, length);
+    cache.value_scales[number * length + slot] = store_codes(values + head * size, size, value_codes, 1);
+  }
+}
+
 void store_keys_values(const CacheLayer& cache, int page, int slot, const float* keys, const float* values) {
+  if (cache.type == Number::int8) return store_coded(cache, page, slot, keys, values);
   const int size = cache.head_size, length = cache.page_size;
   for (int head = 0; head < cache.kv_heads; ++head) {
     const int64_t slab = (static_cast<int64_t>(page) * cache.kv_heads + head) * size * length;

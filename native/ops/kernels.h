@@ -25,6 +25,7 @@ struct CacheLayer {
   void* values = nullptr;  // [pages][kv_heads][page_size][head_size]
   Number type = Number::float32;
   int kv_heads = 0, head_size = 0, page_size = 0;
+  float *key_scales = nullptr, *value_scales = nullptr;  // of int8 [pages][kv_heads][page_size]; value = code · scale
 };
 
 // Query heads that share keys and values, of one token or several that follow each other.

@@ -58,6 +58,21 @@ const QuantizedInputs& Inputs::quantized(const Cut& cut, const Kernels& kernels,
   return quantized_;
 }
 
+Inputs& Inputs::rounded(const InputRounding& rounding, int columns, ThreadPool& pool) {
+  if (rounded_ready_ && rounding == rounding_) return *rounded_;
+  const size_t count = static_cast<size_t>(tokens_) * columns;
+  rounded_values_.resize(std::max(rounded_values_.size(), count));
+  pool.run(tokens_, 4, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
+      round_inputs(rounding, values_ + t * columns, columns, rounded_values_.data() + t * columns);
+  });
+  if (!rounded_) rounded_ = std::make_unique<Inputs>();
+  rounded_->set(rounded_values_.data(), tokens_);
+  rounding_ = rounding;
+  rounded_ready_ = true;
+  return *rounded_;
+}
+
 namespace {
 
 void multiply_span(const Product& product, const Inputs& inputs, const QuantizedInputs* quantized, Span span,
@@ -87,6 +102,15 @@ int64_t grain_of(int64_t tiles, int threads) { return std::clamp<int64_t>(tiles 
 void multiply(const std::vector<Product>& products, Inputs& inputs, bool integer, const Kernels& kernels, ThreadPool& pool) {
   size_t done = 0;
   while (done < products.size()) {
+    const Matrix& own = *products[done].matrix;
+    if (own.rounding().kind != InputRounding::Kind::none) {
+      Inputs& rounded = inputs.rounded(own.rounding(), own.columns(), pool);
+      pool.run(own.tiles(), grain_of(own.tiles(), pool.threads()), [&](int64_t first, int64_t end) {
+        multiply_span(products[done], rounded, nullptr, Span{static_cast<int>(first), static_cast<int>(end)}, kernels);
+      });
+      ++done;
+      continue;
+    }
     // Products that read the same bytes go together; all do, unless a recipe gave them different groups.
     const Cut* cut = products[done].matrix->cut();
     const QuantizedInputs* quantized =
@@ -95,6 +119,7 @@ void multiply(const std::vector<Product>& products, Inputs& inputs, bool integer
     int64_t tiles = products[done].matrix->tiles();
     for (; last < products.size(); ++last) {
       const Cut* other = products[last].matrix->cut();
+      if (products[last].matrix->rounding().kind != InputRounding::Kind::none) break;
       const bool same = integer && other != nullptr ? quantized != nullptr && *other == *cut : quantized == nullptr;
       if (!same) break;
       tiles += products[last].matrix->tiles();

@@ -11,6 +11,7 @@
 #include "formats/dense.h"
 #include "formats/sparse.h"
 #include "ops/kernels.h"
+#include "ops/round_inputs.h"
 
 namespace fettle {
 
@@ -32,6 +33,10 @@ class Matrix {
   size_t bytes() const;
   void row(const Kernels& kernels, int index, float* out) const;
 
+  // How the checkpoint quantizes what this reads; products then read the values of those codes in float32.
+  const InputRounding& rounding() const { return rounding_; }
+  void set_rounding(const InputRounding& rounding) { rounding_ = rounding; }
+
  private:
   template <typename T>
   auto view_of() const -> decltype(&std::declval<const T&>().view()) {
@@ -40,6 +45,7 @@ class Matrix {
   }
 
   std::variant<Coded, Dense, SparseCodes, SparseNumbers> stored_;
+  InputRounding rounding_;
 };
 
 // The inputs of some matrices: float32 [tokens][columns], and in bytes for each cut that was asked for.
@@ -48,11 +54,12 @@ class Inputs {
   void set(const float* values, int tokens) {
     values_ = values;
     tokens_ = tokens;
-    ready_ = false;
+    ready_ = rounded_ready_ = false;
   }
   const float* values() const { return values_; }
   int tokens() const { return tokens_; }
   const QuantizedInputs& quantized(const Cut& cut, const Kernels& kernels, ThreadPool& pool);
+  Inputs& rounded(const InputRounding& rounding, int columns, ThreadPool& pool);  // as a checkpoint quantizes them
 
  private:
   const float* values_ = nullptr;
@@ -63,6 +70,10 @@ class Inputs {
   std::vector<float> scales_, sums_;
   std::vector<int32_t> pairs_;
   QuantizedInputs quantized_;
+  bool rounded_ready_ = false;
+  InputRounding rounding_;
+  std::vector<float> rounded_values_;
+  std::unique_ptr<Inputs> rounded_;
 };
 
 // One product: out [tokens][stride] = inputs · matrixᵀ.

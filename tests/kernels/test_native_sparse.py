@@ -39,9 +39,10 @@ def pruned(
     group: int | None = None,
     dtype: str = "float32",
     zero_point: bool = False,
+    seed: int = 0,
 ) -> MaskedTensor:
     """Random codes (or numbers, without a grid) of which a random share went; the first row lost everything."""
-    generator = torch.Generator().manual_seed(hash((shape, group)) % 1000)
+    generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(shape, generator=generator) >= sparsity
     kept[0] = shape == (1, 1)
     if grid is None:
@@ -86,7 +87,7 @@ def test_codes_give_the_dense_products(grid: Grid, shape: tuple[int, int], pool:
                 exact = torch.from_numpy(sparse.multiply(inputs.numpy(), pool, False, name))
                 assert close_to(exact, inputs, dense, 2e-6), (group, name, tokens)
                 rounded = torch.from_numpy(sparse.multiply(inputs.numpy(), pool, True, name))
-                off = 0.005 * dense.abs().sum(1)  # inputs are bytes, and unequal levels 127 units at most
+                off = 0.0065 * dense.abs().sum(1)  # bytes for inputs, values not rounded to bfloat16; units of 7 bits
                 if grid.name not in ("uniform", "ternary"):
                     off += float(weight.values.scale.max()) * max(grid.levels) / 254 * weight.kept.sum(1)
                 bound = off * float(inputs.abs().max()) + 1e-6
@@ -151,12 +152,12 @@ def test_what_has_no_sparse_kernel_stays_codes(pool: Any) -> None:
 
 
 def test_what_is_read_is_the_smaller(pool: Any) -> None:
-    for grid, group, pays in ((uniform(4), 128, 0.9), (uniform(8), 128, 0.75), (None, None, 0.5), (uniform(2), 128, None)):
+    for grid, group, pays in ((uniform(4), 128, 0.9), (uniform(8), 128, 0.75), (None, None, 0.5), (uniform(2), 128, 0.9)):
         dtype = "bfloat16" if grid is None else "float16"
         for sparsity in (0.1, 0.9):
             weight = pruned(grid, (64, 1024), sparsity, group, dtype)
             chosen, dense = masked_matrix(weight, pool), dense_twin(weight, pool)
-            assert (chosen.nbytes < dense.nbytes) == (pays is not None and sparsity >= pays), (grid, sparsity)
+            assert (chosen.nbytes < dense.nbytes) == (sparsity >= pays), (grid, sparsity)
 
 
 def test_some_rows_are_their_rows(pool: Any) -> None:

@@ -29,6 +29,9 @@ Prompt = Annotated[int | None, typer.Option(metavar="N", help="Tokens of the pro
 New = Annotated[int, typer.Option(metavar="N", help="Tokens that every sequence decodes.", min=2)]
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="How many sequences decode at the same time.")]
 Repetitions = Annotated[int, typer.Option(metavar="N", help="How often everything is measured.", min=1)]
+CacheBits = Annotated[
+    int | None, typer.Option(metavar="8", help="Keep keys and values in 8 bits; of the native engine.")
+]
 DEFAULTS = SpeedOptions()
 
 
@@ -42,6 +45,7 @@ def run(
     repetitions: Repetitions = DEFAULTS.repetitions,
     device: Device = "cpu",
     generic: Generic = False,
+    cache_bits: CacheBits = None,
     report: ReportPath = None,
     json: Json = False,
 ) -> None:
@@ -67,7 +71,11 @@ def run(
     if report is not None:
         require_writable(report)
     used = opening.threads
-    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens))
+    if cache_bits not in (None, 8):
+        raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
+    cache_type = None if cache_bits is None else "int8"
+    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=cache_type))
+    cache_bytes = runner.shape.page_bytes / runner.shape.page_size
     read_bytes, weights = weights_read(checkpoint, anatomy)
     found = measure_speed(runner, options, threads=used)
     used_shares = shares(found, read_bytes, weights)
@@ -81,6 +89,7 @@ def run(
         "new_tokens": options.new_tokens,
         "repetitions": options.repetitions,
         "weight_bytes": read_bytes,
+        "cache_bytes_per_token": cache_bytes,
         **{name: _median(value) for name, value in found.items()},
         **used_shares,
         "spread": {name: _spread(value) for name, value in found.items()},
@@ -91,7 +100,7 @@ def run(
     if json:
         emit_json("bench", document)
         return
-    _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, read_bytes)
+    _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, (read_bytes, cache_bytes))
     if report is not None:
         print(f"Report: {report}")
 
@@ -119,7 +128,7 @@ def _spread(value: Measured | dict[int, Measured] | None) -> Any:
 
 
 def _print(
-    title: str, options: SpeedOptions, found: dict[str, Any], used: dict[str, float | None], read_bytes: int
+    title: str, options: SpeedOptions, found: dict[str, Any], used: dict[str, float | None], held: tuple[int, float]
 ) -> None:
     def row(name: str, value: Measured, unit: str, scale: float = 1.0) -> tuple[str, str, str]:
         return name, f"{value.median * scale:,.4g} {unit}", f"{value.spread:.0%}"
@@ -133,7 +142,8 @@ def _print(
         ),
         row("memory of this machine, read", found["read_bytes_per_second"], "GB/s", 1e-9),
         *(row(words, found[key], "Gop/s", 1e-9) for key, words in ARITHMETIC.items() if found[key] is not None),
-        ("weights that a token needs", size(read_bytes), ""),
+        ("weights that a token needs", size(held[0]), ""),
+        ("cache a token", size(round(held[1])), ""),
         ("share of the memory, decode, 1 at once", _share(used["memory_bandwidth_share"]), ""),
         ("share of the arithmetic, prefill", _share(used["arithmetic_share"]), ""),
     ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from fettle.models.storage import stored_schemes
 if TYPE_CHECKING:
     from fettle._native import Decoder
 
-CacheType = Literal["float16", "float32"]
+CacheType = Literal["float16", "float32", "int8"]
 
 
 def require_native(folder: Path) -> None:
@@ -89,7 +89,7 @@ class NativeRunner:
             page_size: tokens a page.
             threads: to compute with; None: all processors that the process may use.
             integer: whether compressed linears read their inputs as bytes.
-            cache_type: what keys and values are kept in.
+            cache_type: what keys and values are kept in; int8: codes, a float32 scale a token and head.
             kernels: which instructions, one of `features()["available"]`; "" for the best that this processor runs.
 
         Raises:
@@ -116,8 +116,8 @@ class NativeRunner:
         """The same for a checkpoint that is open, or a view of one."""
         if min(pages, page_size) < 1 or (threads is not None and threads < 1):
             raise UsageError(f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1")
-        if cache_type not in ("float16", "float32"):
-            raise UsageError(unknown_word("cache type", str(cache_type), ("float16", "float32")))
+        if cache_type not in get_args(CacheType):
+            raise UsageError(unknown_word("cache type", str(cache_type), get_args(CacheType)))
         native = plane()
         pool = native.Pool(threads or default_threads())
         reader = TableReader(checkpoint, read_anatomy(checkpoint), pool)

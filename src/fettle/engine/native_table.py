@@ -28,7 +28,13 @@ from fettle.engine.native_families import (
     window_of,
 )
 from fettle.errors import UsageError
-from fettle.kernels.native import coded_matrix, dense_matrix, packed_matrix, runs_as_codes
+from fettle.kernels.native import (
+    coded_matrix,
+    dense_matrix,
+    packed_matrix,
+    round_inputs,
+    runs_as_codes,
+)
 from fettle.kernels.native_sparse import masked_matrix
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint, check_finite
@@ -41,6 +47,7 @@ from fettle.tensors.masked import MaskedTensor
 from fettle.tensors.packing import can_stay_packed
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight
 
 if TYPE_CHECKING:
     from fettle._native import Matrix, Pool
@@ -200,23 +207,30 @@ class TableReader:
         if stored is not None:
             check_inputs(linear.name, stored)
             scheme = stored.scheme
-            if isinstance(scheme, Scheme) and can_stay_packed(scheme, stored.storage) and runs_as_codes(scheme):
+            stays = isinstance(scheme, Scheme) and can_stay_packed(scheme, stored.storage) and runs_as_codes(scheme)
+            if stays and scheme.activations is None:
                 packed = read_packed(self.checkpoint, linear, stored)
                 return packed_matrix(packed if rows is None else packed.rows(_span(rows)), self.pool)
             found = read_quantized(self.checkpoint, linear, stored)
             whole = isinstance(found, QuantizedTensor) and (rows is None or found.remainder is None)
             if isinstance(found, QuantizedTensor) and whole:
-                return coded_matrix(_rows_of(found, rows), self.pool)
+                return self._reading(coded_matrix(_rows_of(found, rows), self.pool), found)
             if isinstance(found, MaskedTensor):
                 return masked_matrix(found, self.pool, None if rows is None else _span(rows))
             weight = found.dequantize()  # vector codes, pieces with a remainder: no kernel has them yet
-        else:
-            weight = self.checkpoint.read(linear.weight_name)
-            check_finite(linear.weight_name, weight)
-            weight = weight.T if linear.slot.transposed else weight
+            return self._reading(dense_matrix(weight if rows is None else weight[_span(rows)], self.pool), found)
+        weight = self.checkpoint.read(linear.weight_name)
+        check_finite(linear.weight_name, weight)
+        weight = weight.T if linear.slot.transposed else weight
         if rows is not None:
             weight = weight[_span(rows)]
         return dense_matrix(weight if weight.dtype in _KINDS else weight.float(), self.pool)
+
+    def _reading(self, matrix: Matrix, weight: CompressedWeight) -> Matrix:
+        """The matrix, reading its inputs as the checkpoint quantizes them where it does."""
+        if not isinstance(weight, QuantizedTensor) or weight.scheme.activations is None:
+            return matrix
+        return round_inputs(matrix, weight.scheme.activations, weight.input_scale)
 
     def _bias(self, linear: Linear, rows: Sequence[int] | None = None) -> NDArray[np.float32] | None:
         name = f"{linear.weight_name.removesuffix('.weight')}.bias"

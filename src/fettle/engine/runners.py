@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fettle.engine.engine import Engine
-from fettle.engine.native_runner import NativeRunner, require_native
+from fettle.engine.native_runner import CacheType, NativeRunner, require_native
 from fettle.engine.payoff import Payoff
 from fettle.engine.prompts import Vocabulary
 from fettle.engine.runner import Runner
@@ -42,6 +42,8 @@ class RunnerOptions:
         threads: how many to compute with; None: as many as the library takes.
         device: "cpu", "cuda" or "cuda:N".
         generic: treat every linear of an unknown architecture alike.
+        cache_type: what the native runner keeps keys and values in: float16, float32, or int8 with a scale a token and
+            head; None: float16. The torch runner's are in the model's type.
     """
 
     page_size: int = 16
@@ -49,6 +51,7 @@ class RunnerOptions:
     threads: int | None = None
     device: str = "cpu"
     generic: bool = False
+    cache_type: CacheType | None = None
 
     def pages(self, context: int | None) -> int:
         """How many pages the cache has, for a model with this context.
@@ -72,6 +75,10 @@ Opener = Callable[[Path, RunnerOptions], Runner]  # the folder of a checkpoint â
 
 def open_torch_runner(folder: Path, options: RunnerOptions) -> Runner:
     """The reference runner."""
+    if options.cache_type is not None:
+        raise UsageError(
+            f"cache_type {options.cache_type} is the native engine's; use --engine native, or leave it out"
+        )
     pages = options.pages(context_length(Checkpoint.open(folder).config))
     loaded = load(folder, device=options.device, generic=options.generic)
     return TorchRunner(loaded, pages=pages, page_size=options.page_size, threads=options.threads)
@@ -91,7 +98,13 @@ def open_native_runner(folder: Path, options: RunnerOptions) -> Runner:
     """
     _check_native(options)
     pages = options.pages(context_length(Checkpoint.open(folder).config))
-    return NativeRunner.open(folder, pages=pages, page_size=options.page_size, threads=options.threads)
+    return NativeRunner.open(
+        folder,
+        pages=pages,
+        page_size=options.page_size,
+        threads=options.threads,
+        cache_type=options.cache_type or "float16",
+    )
 
 
 ENGINES: dict[str, Opener] = {"torch": open_torch_runner, "native": open_native_runner}
@@ -165,6 +178,7 @@ def open_drafter(draft: str | Path, target: Runner, engine: str, options: Runner
         threads=options.threads,
         device=options.device,
         generic=options.generic,
+        cache_type=options.cache_type,
     )
     folder = resolve(draft)
     return DraftModel(ENGINES[choose_engine(engine, folder, alike)[0]](folder, alike), target)

@@ -14,6 +14,9 @@ What becomes codes: grids of equal steps of any width, and grids of at most 16 l
 that the reference rounds them to): dense weights, learned tables, wider grids of unequal levels, 16-bit scales
 under a tensor scale, and weights with a remainder, in float32.
 
+Where a checkpoint quantizes inputs itself (W8A8), its codes are what a product reads, as values in float32 and rounded
+as the reference rounds them; nothing is rounded twice.
+
 The module is compiled when fettle is installed. Without a compiler it is missing, `missing()` says so, and everything
 runs through the torch reference.
 """
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fettle.errors import CheckpointError, UsageError
+from fettle.tensors.activations import Activations, InputScale
 from fettle.tensors.packed import PackedTensor
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scales import Shared
@@ -154,6 +158,36 @@ def _coded(
         gain=1.0 if tensor_scale is None else 1 / float(tensor_scale),
         pool=pool,
     )
+    return matrix
+
+
+def rounding_obstacle(activations: Activations) -> str | None:
+    """Why the data plane cannot round inputs so, and what to do; None where it can."""
+    said = activations.describe()
+    if activations.dynamic and activations.granularity == "tensor":
+        return (
+            f"{said}, found on the spot, makes a token depend on those beside it in a batch, which the native engine "
+            "does not do; use --engine torch, or compress with activation_granularity: token"
+        )
+    narrow = activations.grid == "float" and activations.bits < 8
+    if narrow or activations.granularity == "group" or activations.outliers:
+        return f"{said}: the native engine has no such inputs; use --engine torch"
+    return None
+
+
+def round_inputs(matrix: Matrix, activations: Activations, fixed: InputScale | None) -> Matrix:
+    """Has a matrix read its inputs as the checkpoint quantizes them: the values of their codes, in float32.
+
+    Raises:
+        UsageError: inputs that the data plane cannot round; `rounding_obstacle` says why.
+    """
+    obstacle = rounding_obstacle(activations)
+    if obstacle is not None:
+        raise UsageError(obstacle)
+    kind = "e4m3" if activations.grid == "float" else "asymmetric" if activations.zero_point else "symmetric"
+    scale = 0.0 if fixed is None else float(fixed.scale)
+    point = 0.0 if fixed is None or fixed.zero_point is None else float(fixed.zero_point)
+    plane().set_rounding(matrix, kind, activations.bits, scale, point)
     return matrix
 
 
