@@ -53,7 +53,7 @@ def size(folder: Path | str) -> int:
 
 
 def tell(name: str, student: Path, model: str, pairs: Any, original: float, steps: int) -> None:
-    found, times = score(student, pairs), seconds([model, student], pairs[0][:256])
+    found, times = score(student, pairs), seconds([model, student], pairs[0][:128])
     line = {"benchmark": "encoder_student", "student": name, "steps": steps, "spearman": round(found, 5)}
     line |= {"original": round(original, 5), "kept": round(found / original, 5), "pairs": len(pairs[2])}
     line |= {"bytes": size(student), "original_bytes": size(model), "speedup": round(times[0] / times[1], 3)}

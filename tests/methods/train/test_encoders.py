@@ -92,7 +92,7 @@ def test_an_encoder_loses_weights_while_it_learns_and_is_measured(
         for linear in (block.attention.self.query, block.output.dense):
             assert float((linear.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
     with pytest.raises(UsageError, match="adapters here are a decoder's"):
-        fettle.train(tiny_bert, tmp_path / "adapter", chain_from_method("adapter", {"text": str(text_file)}))
+        fettle.train(tiny_bert, tmp_path / "adapter", chain_from_method("adapter", {"length": 24}))
 
 
 def test_what_is_padding_changes_no_relation() -> None:
