@@ -65,3 +65,15 @@ def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         "sparse",
         "adapter",
     }
+
+
+def test_a_searched_student_is_told_with_its_scores(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["train", str(tiny_llama), "-o", str(tmp_path / "out"), "--method", "distill", "--text", str(text_file)]
+    assert main([*how, "--layers", "1", "--student-map", "influence", *SMALL]) == 0
+    told = json.loads((tmp_path / "out" / "fettle.json").read_text())["student"]
+    assert len(told["scores"]) == told["blocks"] == 2
+    assert told["kept"] == [max(range(2), key=lambda block: told["scores"][block])]
+    shown = capsys.readouterr().out
+    assert f"blocks {told['kept'][0]} of 2, influence {told['scores'][0]:.4f} {told['scores'][1]:.4f}" in shown

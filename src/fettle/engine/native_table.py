@@ -282,12 +282,11 @@ def fused_rows(out: int, values: tuple[int, int, int]) -> tuple[list[int], list[
 
 
 def check_inputs(name: str, stored: StoredScheme) -> None:
-    """Raises UsageError for a linear that quantizes its inputs by the checkpoint's own rule."""
-    if stored.scheme.activations is not None:
-        raise UsageError(
-            f"{name} quantizes its inputs ({stored.scheme.activations.describe()}), which the native engine "
-            "does not; use --engine torch"
-        )
+    """Raises UsageError for a linear that quantizes its inputs as the data plane cannot."""
+    activations = stored.scheme.activations
+    obstacle = None if activations is None else rounding_obstacle(activations)
+    if obstacle is not None:
+        raise UsageError(f"{name}: {obstacle}")
 
 
 def _span(rows: Sequence[int]) -> Any:

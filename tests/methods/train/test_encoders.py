@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import fettle
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train import Distill
 from fettle.methods.train.encoders import encoder_signals
@@ -17,6 +18,7 @@ from fettle.methods.train.sentence_text import sentences
 from fettle.methods.train.signals import pooled, sentence_error, value_relations_error
 from fettle.methods.train.training import train
 from fettle.models.loading import load
+from fettle.pipeline.chain import chain_from_method
 
 SMALL: dict[str, Any] = {
     "steps": 12, "windows": 64, "length": 24, "batch_windows": 8, "held_back": 4, "look_every": 6,
@@ -76,6 +78,21 @@ def test_other_signals_of_encoders_run_and_resume(tiny_bert: Path, text_file: Pa
     looks = run(tiny_bert, text_file, tmp_path / "out", **how)
     assert looks[-1] < looks[0]
     assert run(tiny_bert, text_file, tmp_path / "out", **how) == looks  # from the checkpoint of the last step
+
+
+def test_an_encoder_loses_weights_while_it_learns_and_is_measured(
+    tiny_bert: Path, text_file: Path, tmp_path: Path
+) -> None:
+    fields = {**SMALL, "steps": 4, "mask_every": 2, "score": "taylor", "text": str(text_file)}
+    made = fettle.train(tiny_bert, tmp_path / "out", chain_from_method("sparse", fields))
+    assert made.evaluation is not None
+    assert made.evaluation.perplexity is None
+    model = load(tmp_path / "out", dense=True).model
+    for block in model.encoder.layer:
+        for linear in (block.attention.self.query, block.output.dense):
+            assert float((linear.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(UsageError, match="adapters here are a decoder's"):
+        fettle.train(tiny_bert, tmp_path / "adapter", chain_from_method("adapter", {"length": 24}))
 
 
 def test_what_is_padding_changes_no_relation() -> None:

@@ -125,6 +125,8 @@ class Adapter(LoopFields, SignalFields, DataFields):
     def learner(self, job: TrainJob) -> Learner:
         """The base with a fresh adapter, which alone learns."""
         loaded = load(job.model, device=job.device, generic=job.generic)
+        if not loaded.anatomy.causal:
+            raise UsageError(f"{job.model} is an encoder, and adapters here are a decoder's; train it by distill")
         torch.manual_seed(self.seed)
         if self.kind == "bottleneck":
             return self._bottleneck(loaded, job)

@@ -18,7 +18,7 @@ Cost: as for a decoder; a batch is cut to its longest line.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,19 +106,24 @@ class EncoderDistillation(Objective):
 
     def __init__(
         self, student: ObservedEncoder, teacher: ObservedEncoder, weights: Mapping[str, float],
-        *, layers: list[int], padding: int, factors: Mapping[str, float],
+        *, layers: list[int], padding: int, learner: Learner,
     ) -> None:  # fmt: skip
-        """`layers`: for each of the student's, the teacher's; `padding`: that token; `factors`: of learning rates."""
+        """`layers`: for each of the student's, the teacher's; `padding`: that token; `learner`: for rates and steps."""
         super().__init__()
         self.student = student.model
-        self.weights, self.layers, self.padding, self._factors = weights, layers, padding, factors
+        self.weights, self.layers, self.padding, self._learner = weights, layers, padding, learner
         self._observed = (student, teacher)  # in a tuple: the teacher is no part that learns or is saved
         self.projections = nn.ParameterList()
         self._relation_heads = 1
 
     def rates(self) -> dict[str, float]:
         """The learner's own."""
-        return {f"student.{start}": factor for start, factor in self._factors.items()}
+        return {f"student.{start}": factor for start, factor in self._learner.rates.items()}
+
+    def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
+        """What the learner does before a step."""
+        if self._learner.before_step is not None:
+            self._learner.before_step(step, losses)
 
     def fit_shapes(self, input_ids: Tensor) -> None:
         """Makes the projections that features need where widths differ.
@@ -197,7 +202,7 @@ def encoder_objective(
         weights,
         layers=looked_at(asked, loop, depth, teacher, job.device) if "features" in weights else [],
         padding=student.tokenizer.pad_token_id,
-        factors=learner.rates,
+        learner=learner,
     )
     made.fit_shapes(text.ids[:1].to(job.device))
     return made.to(job.device)

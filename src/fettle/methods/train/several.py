@@ -74,7 +74,9 @@ class Several:
         )
         return self._measure(logs, input_ids)
 
-    def settle_by_task(self, text: TrainingText, folder: Path, identity: dict[str, Any], progress: Progress) -> None:
+    def settle_by_task(
+        self, text: TrainingText, folder: Path, identity: dict[str, Any], progress: Progress, device: str = "cpu"
+    ) -> None:
         """From here on weights are those of the task that a window belongs to."""
         told, path = {**identity, "text": text.sha256, "weighting": self.weighting}, folder / KEPT
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -83,7 +85,7 @@ class Several:
             with progress.task("teachers weighed", text.learned) as task:
                 found = []
                 for ids in text.ids[: text.learned]:
-                    found.append(self.measure(ids.unsqueeze(0)).cpu())
+                    found.append(self.measure(ids.unsqueeze(0).to(device)).cpu())
                     task.advance()
             measured = torch.cat(found)
             means = [measured[tasks == number].mean(0).tolist() for number in range(int(tasks.max()) + 1)]

@@ -199,7 +199,7 @@ class Masks:
         self._known = step
 
     def finish(self) -> None:
-        """The last masks, also of a run that was over when called again; all pruned, if minutes ended it early."""
+        """The last masks, also of a run that was over before; all pruned, if minutes ended it early."""
         drawn = sorted(self.folder.glob("masks-*.safetensors"))
         if drawn:
             self._read(int(drawn[-1].stem.rpartition("-")[2]))

@@ -118,7 +118,7 @@ def _objective(
             if signals.teacher_weighting != "fixed" and signals.weighting_by == "task":
                 with process_group(job.device).main_process_first():
                     hashes = {"teachers": [teacher_hashes(name) for name in names]}
-                    several.settle_by_task(text, job.folder, hashes, job.progress)
+                    several.settle_by_task(text, job.folder, hashes, job.progress, job.device)
         if {"features", "attention"} & set(asked):
             layers = looked_at(signals, loop, student.depth, models[0], job.device)
         if signals.teacher_top_k is not None:
