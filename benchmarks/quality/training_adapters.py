@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora, rank 1, all but keys": {"rank": 1, "alpha": 2.0, "targets": MOST, "learning_rate": 0.02},
     "dora, rank 1, mlp": {"kind": "dora", "rank": 1, "alpha": 2.0, "targets": "mlp", "learning_rate": 0.02},
     "lora, rank 3, all": {"rank": 3, "alpha": 6.0, "learning_rate": 0.01},
+    "lora, rank 8, all": {"rank": 8, "learning_rate": 0.005},
     "rslora, rank 8, all": {"kind": "rslora", "rank": 8, "alpha": 8.0, "learning_rate": 0.005},
 }
 

@@ -35,7 +35,7 @@ class Bench:
         steps = a.steps if steps is None else steps
         found = {
             "steps": steps, "batch_windows": a.batch, "windows": min(steps * a.batch, 20_000), "length": a.length,
-            "look_every": max(1, steps // 5), "patience": 100, "held_back": 32, "checkpoint_every": 50,
+            "look_every": max(1, steps // 5), "patience": 100, "held_back": 16, "checkpoint_every": 50,
             "text": a.domain if domain else a.text,
         }  # fmt: skip
         return {**found, **more}

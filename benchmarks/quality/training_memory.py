@@ -29,7 +29,9 @@ import fettle
 from fettle.evaluate.memory import peak_memory_bytes
 from fettle.methods.train import Adapter, Distill
 from fettle.methods.train.training import TrainJob, train
+from fettle.models.checkpoint import Checkpoint
 from fettle.models.source import resolve
+from fettle.models.writer import copy_side_files, write_json, write_shard
 from fettle.pipeline.recipe import parse_recipe
 
 KINDS = {"full": "dense", "lora": "dense", "qlora": "codes"}
@@ -43,18 +45,13 @@ def method(kind: str, **fields: Any) -> Any:
 
 
 def first_blocks(model: Path, blocks: int, output: Path) -> Path:
-    """A folder with the first blocks of a checkpoint, its other tensors and files as they are (links)."""
+    """A folder with the first blocks of a checkpoint, and everything outside of blocks."""
     output.mkdir()
-    index = json.loads((model / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    kept = {name: shard for name, shard in index["weight_map"].items() if _block(name) < blocks}
-    for path in model.iterdir():
-        if path.suffix != ".safetensors" and path.name != "fettle.json":
-            (output / path.name).write_bytes(path.read_bytes())
-    for shard in sorted(set(kept.values())):
-        _copy(model / shard, output / shard, {name for name, where in kept.items() if where == shard})
-    (output / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": kept}), encoding="utf-8")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (output / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}), encoding="utf-8")
+    checkpoint = Checkpoint.open(model)
+    kept = {name: checkpoint.read(name) for name in checkpoint.entries if _block(name) < blocks}
+    write_shard(output, "model.safetensors", kept, {"format": "pt"})
+    copy_side_files(model, output)
+    write_json(output / "config.json", {**checkpoint.config, "num_hidden_layers": blocks})
     return output
 
 
@@ -68,14 +65,6 @@ def in_codes(model: Path, output: Path) -> Path:
 def _block(name: str) -> int:
     found = re.search(r"layers\.(\d+)\.", name)
     return int(found[1]) if found else -1
-
-
-def _copy(source: Path, target: Path, names: set[str]) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(source, "pt") as file:
-        save_file({name: file.get_tensor(name) for name in names}, target, {"format": "pt"})
 
 
 def one(kind: str, model: Path, steps: int, length: int) -> None:
