@@ -295,7 +295,7 @@ def _powers_of_two(inputs: Tensor, largest_level: int) -> Tensor:
     """The scale of each input, float32 [..., in]: one for `GROUP` neighbours; the last group may be shorter."""
     columns = inputs.shape[-1]
     padded = torch.nn.functional.pad(inputs.abs(), (0, -columns % GROUP))
-    largest = padded.unflatten(-1, (-1, GROUP)).amax(-1)
+    largest = padded.reshape(*inputs.shape[:-1], -1, GROUP).amax(-1)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa · 2^exponent, mantissa in [0.5, 1)
     exponent = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - (largest_level.bit_length() - 1)
     # The standard's least is 2^-127, which processors may take for zero; the ends matter for no model.
