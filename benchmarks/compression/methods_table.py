@@ -33,13 +33,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", **GROUPS},
     "learned_rounding": {"method": "learned_rounding", **GROUPS},
 }
-SLOW = ("learned_rounding",)  # kept to --blocks blocks
+SLOW = ("learned_rounding",)  # kept to --blocks blocks unless --short names others
 
 
 def recipe_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The recipe of a method: all blocks, or the first ones of a slow one."""
     step = dict(METHODS[name])
-    if name in SLOW:
+    if name in args.short:
         step["where"] = {"blocks": f"0-{args.blocks - 1}"}
     calibration = {"windows": args.windows, "length": args.length, "seed": 0}
     if args.text is not None:
@@ -81,7 +81,8 @@ def main() -> int:
     parser.add_argument("--text", type=Path, default=None, help="calibration text; the embedded one by default")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=2, help=f"blocks that {', '.join(SLOW)} gets")
+    parser.add_argument("--short", nargs="+", choices=tuple(METHODS), default=SLOW, help="kept to the first blocks")
+    parser.add_argument("--blocks", type=int, default=2, help="how many blocks those get")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", type=Path, default=None, help="folder for what is written")
     parser.add_argument("--inside", choices=tuple(METHODS), default=None, help=argparse.SUPPRESS)

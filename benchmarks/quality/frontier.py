@@ -68,6 +68,7 @@ VECTOR_WIDTHS = (2, 3, 4)
 BUDGET_OVER_WIDTH = 0.56
 MIXED_BITS = {2: (2, 3, 4), 3: (2, 3, 4, 5), 4: (3, 4, 5, 6)}
 MIXED_GROUPS = (32, 64, 128)
+MIXED_VECTORS = {2: tuple(f"residual_codebooks bits={bits} scale_dtype=float16" for bits in (2, 3))}
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ class Bench:
                 yield self._of_recipe(parse_recipe({"name": label, "steps": [step]}, "frontier"), width)
             if width in MIXED_BITS:
                 yield self._of_budget(width)
+            if width in MIXED_VECTORS:
+                yield self._of_budget(width, MIXED_VECTORS[width])
         for path in self.args.recipe:
             yield self._of_recipe(load_recipe(path), None)
         for name, python in self.args.peers.items():
@@ -170,11 +173,14 @@ class Bench:
 
         return Contender(recipe.name, True, self._key(recipe=plain), measure)
 
-    def _of_budget(self, width: int) -> Contender:
-        candidates = tuple(
-            f"learned_rounding bits={bits} group_size={size} asymmetric=true scale_dtype=float16"
-            for bits in MIXED_BITS[width]
-            for size in MIXED_GROUPS
+    def _of_budget(self, width: int, beside: tuple[str, ...] = ()) -> Contender:
+        candidates = (
+            *beside,
+            *(
+                f"learned_rounding bits={bits} group_size={size} asymmetric=true scale_dtype=float16"
+                for bits in MIXED_BITS[width]
+                for size in MIXED_GROUPS
+            ),
         )
         budget = Budget(bits_per_weight=width + BUDGET_OVER_WIDTH, candidates=candidates)
         calibration = {"windows": self.args.windows, "length": self.args.length, "text": self.args.calibration}
@@ -192,7 +198,8 @@ class Bench:
                 return row | self.evaluate(output)
 
         key = self._key(budget=budget.bits_per_weight, candidates=candidates)
-        return Contender("learned_rounding, mix of a budget", True, key, measure)
+        name = "learned_rounding, mix of a budget" + (" with vector codes" if beside else "")
+        return Contender(name, True, key, measure)
 
     def _of_peer(self, name: str, python: str, variant: Variant) -> Contender:
         def measure() -> Row:

@@ -121,6 +121,32 @@ def test_several_formats_in_a_bfloat16_model(base: Path, tmp_path: Path) -> None
     torch.testing.assert_close(theirs, reference_output(loaded.model, IDS), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize(("bits", "preset"), [(4, "MXFP4"), (8, "MXFP8")])
+def test_weights_and_inputs_in_the_mx_formats(base: Path, tmp_path: Path, bits: int, preset: str) -> None:
+    """The standard's words are its preset's, and plain transformers computes what we do from the same folder."""
+    import transformers
+    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+
+    narrow = tmp_path / "narrow"
+    transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(narrow)
+    for side in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / side, narrow)
+    mx = {"grid": "float", "bits": bits, "group_size": 32, "scale_dtype": "float8_e8m0fnu"}
+    inputs = {**TOKEN, "activation_bits": bits, "activation_granularity": "group"}
+    out = compress(narrow, tmp_path / "out", {"method": "round_to_nearest", **mx, **inputs})
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    wanted = preset_name_to_scheme(preset, ["Linear"]).input_activations
+    assert QuantizationArgs(**group["input_activations"]) == wanted
+    ours = reference_output(fettle.load(out, dtype="bfloat16").model, IDS)
+    alone = compress(narrow, tmp_path / "alone", {"method": "round_to_nearest", **mx})
+    weights = reference_output(fettle.load(alone, dtype="bfloat16").model, IDS)
+    with torch.compiler.set_stance("force_eager"):
+        theirs = reference_output(transformers.AutoModelForCausalLM.from_pretrained(out).eval(), IDS)
+    torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.02)
+    assert float((ours - weights).abs().mean()) > 2 * float((ours - theirs).abs().mean())  # the inputs are rounded
+
+
 def test_several_formats_in_a_float32_model_are_fettles_own(base: Path, tmp_path: Path) -> None:
     out = compress(base, tmp_path / "out", *SEVERAL)
     config = json.loads((out / "config.json").read_text())["quantization_config"]

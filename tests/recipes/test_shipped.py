@@ -15,7 +15,7 @@ RECIPES = shipped_recipes()
 NAMES = {
     "default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit", "awq-4bit",
     "learned-rounding-3bit", "w8a8-dynamic", "drop-2-4bit", "narrow-0.6x", "svd-half", "rotated-w4a8-dynamic",
-    "w8a8-static", "w8a8-static-apart", "residual-codebooks-2bit", "wanda-50", "sparsegpt-2of4-4bit",
+    "w8a8-static", "w8a8-static-apart", "mxfp4-w4a4", "residual-codebooks-2bit", "wanda-50", "sparsegpt-2of4-4bit",
 }  # fmt: skip
 
 

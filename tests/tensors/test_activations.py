@@ -54,6 +54,32 @@ def test_static_values_are_those_of_the_standard(bits: int, zero_point: bool) ->
     assert float(error) <= float(fixed.scale) * (0.501 if zero_point else 0.6)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_floats_are_those_of_the_standard(bits: int) -> None:
+    args = QuantizationArgs(
+        num_bits=bits, type="float", symmetric=True, strategy="group", group_size=32, dynamic=True,
+        scale_dtype=torch.uint8, zp_dtype=torch.uint8,
+    )  # fmt: skip
+    inputs = some_inputs(3, 7, 96)
+    inputs[0, 0, :32] = torch.arange(32) / 4  # ties of e2m1 at every step, and 7 and more: the next power of two
+    inputs[0, 3] *= torch.logspace(-9, 9, 96)
+    activations = Activations(bits=bits, granularity="group", grid="float")
+    activations.validate()
+    quantizer = InputQuantizer(activations=activations)
+    with torch.compiler.set_stance("force_eager"):  # the standard compiles its rounding
+        scale, point = compute_dynamic_scales_and_zp(inputs, args, nn.Module())
+        expected = fake_quantize(inputs, scale, point, args)
+    assert torch.equal(quantizer(inputs), expected)
+    short = quantizer(inputs[..., :77])  # the last group has 13
+    assert torch.equal(short[..., :64], expected[..., :64])
+    padded = torch.nn.functional.pad(inputs[..., 64:77], (0, 19))
+    assert torch.equal(short[..., 64:], quantizer(padded)[..., :13])
+    assert torch.equal(quantizer(torch.zeros(2, 40)), torch.zeros(2, 40))
+    assert bool(quantizer(torch.tensor([[1.0, float("nan")]])).isnan().any())
+    assert Activations.from_dict(activations.to_dict()) == activations
+    assert "MX, a group of 32" in activations.describe()
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_what_lies_beyond_the_codes_is_kept_apart(zero_point: bool) -> None:
     clipping = Activations(dynamic=False, zero_point=zero_point, granularity="tensor")
@@ -84,9 +110,13 @@ def test_what_lies_beyond_the_codes_is_kept_apart(zero_point: bool) -> None:
         ({"outliers": -0.1}, "allowed: numbers from 0"),
         ({"outliers": 0.01, "dynamic": True}, "beyond a stored range"),
         ({"outliers": 0.01, "grid": "float"}, "beyond a stored range"),
+        ({"granularity": "group"}, "the MX formats' and goes with activation_grid: float"),
+        ({"grid": "float", "bits": 4}, "floats of 4 bits come in groups alone"),
+        ({"grid": "float", "bits": 6}, "of 8 bits, or e2m1, of 4"),
+        ({"grid": "float", "granularity": "group"}, "stands inside the sum of a product"),
     ],
 )
-def test_outliers_that_cannot_be_are_refused(fields: dict[str, Any], reason: str) -> None:
+def test_inputs_that_cannot_be_are_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         Activations(**{"dynamic": False, "granularity": "tensor", **fields}).validate()
 

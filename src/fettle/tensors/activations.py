@@ -5,6 +5,8 @@
     code         clamp(round(x / scale + zero point), -2^(bits-1), 2^(bits-1) - 1)
     value        (code - zero point) · scale
     floats       scale = max|x| / 448, code = clamp(x / scale, -448, 448) to float8_e4m3fn, value = code · scale
+    MX floats    scale = 2^(⌊log2 m⌋ - ⌊log2 largest level⌋), m = max|x| of 32 neighbours, a power of two higher from
+                 1.75 · 2^k on; code = clamp(x / scale) to e2m1 (4 bits, levels to 6) or e4m3 (8 bits, to 448)
 
 with low = min(x, 0) and high = max(x, 0), so that zero stays zero. These are compressed-tensors' formulas to the bit (a
 test compares), so that its loaders compute what is measured here.
@@ -41,11 +43,13 @@ from torch import Tensor
 
 from fettle.errors import CheckpointError, RecipeError, unknown_word
 
-InputGranularity = Literal["token", "tensor"]
+InputGranularity = Literal["token", "tensor", "group"]
 InputGrid = Literal["uniform", "float"]
 FLOAT = torch.float8_e4m3fn
 SMALLEST_BITS, LARGEST_BITS = 2, 8
 MOST_OUTLIERS = 0.05  # more of them and the codes are not what multiplies
+GROUP = 32  # neighbouring inputs that share a power of two (OCP MX)
+LARGEST_E2M1 = 6
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
@@ -56,9 +60,9 @@ class Activations:
     Attributes:
         dynamic: whether the range is that of the inputs at hand, or stored.
         bits: of a code.
-        granularity: what shares a scale: a token's inputs, or all of a call.
+        granularity: what shares a scale: a token's inputs, all of a call, or 32 neighbours of a token (MX floats).
         zero_point: whether the range is asymmetric.
-        grid: "uniform" integers, or "float" for e4m3, whose steps grow with the value.
+        grid: "uniform" integers, or "float" for e4m3 (8 bits) and e2m1 (4), whose steps grow with the value.
         outliers: the share of the calibration text's inputs that lie beyond the stored range and are kept apart; 0:
             what lies beyond is clipped.
     """
@@ -91,10 +95,22 @@ class Activations:
             )
         if self.grid not in get_args(InputGrid):
             raise RecipeError(unknown_word("activation_grid", str(self.grid), get_args(InputGrid)))
-        if self.grid == "float" and (self.bits != 8 or self.zero_point):
+        if self.grid == "float" and (self.bits not in (4, 8) or self.zero_point):
             raise RecipeError(
-                f"activation_grid: float is e4m3, of 8 bits and symmetric; got activation_bits={self.bits}, "
-                f"activation_asymmetric={str(self.zero_point).lower()}. Leave both out"
+                f"activation_grid: float is e4m3, of 8 bits, or e2m1, of 4, and symmetric; got activation_bits="
+                f"{self.bits}, activation_asymmetric={str(self.zero_point).lower()}. Leave both out"
+            )
+        small = self.grid == "float" and self.bits == 4
+        if (small and self.granularity != "group") or (self.granularity == "group" and self.grid != "float"):
+            raise RecipeError(
+                "activation_granularity: group is the MX formats' and goes with activation_grid: float, and "
+                f"floats of 4 bits come in groups alone; got {self.granularity} with {self.bits}-bit {self.grid}. "
+                "Leave it out"
+            )
+        if self.granularity == "group" and not self.dynamic:
+            raise RecipeError(
+                "a stored scale for each group of inputs stands inside the sum of a product; use activations: dynamic "
+                "with activation_granularity: group"
             )
         if not (isinstance(self.outliers, int | float) and 0 <= self.outliers <= MOST_OUTLIERS):
             raise RecipeError(
@@ -116,21 +132,27 @@ class Activations:
     def levels(self) -> tuple[int, int]:
         """The lowest and the highest code."""
         if self.grid == "float":
-            return -int(torch.finfo(FLOAT).max), int(torch.finfo(FLOAT).max)
+            largest = LARGEST_E2M1 if self.bits == 4 else int(torch.finfo(FLOAT).max)
+            return -largest, largest
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     def round_(self, units: Tensor) -> Tensor:
         """Units of the scale, changed in place, to the nearest codes."""
         units.clamp_(*self.levels)
-        return units.copy_(units.to(FLOAT)) if self.grid == "float" else units.round_()
+        if self.grid == "uniform":
+            return units.round_()
+        return units.copy_(_nearest_e2m1(units) if self.bits == 4 else units.to(FLOAT))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` reads back."""
-        plain = {
+        plain: dict[str, Any] = {
             "dynamic": self.dynamic, "bits": self.bits, "granularity": self.granularity, "zero_point": self.zero_point,
         }  # fmt: skip
-        plain |= {} if self.grid == "uniform" else {"grid": self.grid}
-        return plain | ({"outliers": self.outliers} if self.outliers else {})
+        if self.grid != "uniform":
+            plain["grid"] = self.grid
+        if self.outliers:
+            plain["outliers"] = self.outliers
+        return plain
 
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Activations:
@@ -157,6 +179,7 @@ class Activations:
     def describe(self) -> str:
         """For people: "inputs int8 a token" or "inputs int8 static, zero point"."""
         how = f"a {self.granularity}" if self.dynamic else "static"
+        how = f"MX, a group of {GROUP}" if self.granularity == "group" else how
         kind = "int" if self.grid == "uniform" else "float"
         apart = f", {100 * self.outliers:g}% kept apart" if self.outliers else ""
         return f"inputs {kind}{self.bits} {how}{', zero point' if self.zero_point else ''}{apart}"
@@ -249,6 +272,9 @@ class InputQuantizer:
         if self.fixed is not None:
             scale, stored = self.fixed.scale.to(inputs.device).float(), self.fixed.zero_point
             return scale, torch.zeros_like(scale) if stored is None else stored.to(inputs.device).float()
+        if self.activations.granularity == "group":
+            scale = _powers_of_two(inputs, self.activations.levels[1])
+            return scale, torch.zeros(1, device=scale.device)
         if self.activations.granularity == "token":
             low, high = torch.aminmax(inputs, dim=-1, keepdim=True)
         else:
@@ -256,6 +282,26 @@ class InputQuantizer:
         scale, point = _spanning(low, high, self.activations)
         scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)  # nothing but zeros
         return scale, torch.zeros_like(scale) if point is None else point
+
+
+def _nearest_e2m1(units: Tensor) -> Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with either sign, for units within them; ties to the even mantissa."""
+    size = units.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (units / step).round_().mul_(step)
+
+
+def _powers_of_two(inputs: Tensor, largest_level: int) -> Tensor:
+    """The scale of each input, float32 [..., in]: one for `GROUP` neighbours; the last group may be shorter."""
+    columns = inputs.shape[-1]
+    padded = torch.nn.functional.pad(inputs.abs(), (0, -columns % GROUP))
+    largest = padded.reshape(*inputs.shape[:-1], -1, GROUP).amax(-1)
+    mantissa, exponent = torch.frexp(largest)  # largest = mantissa · 2^exponent, mantissa in [0.5, 1)
+    exponent = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - (largest_level.bit_length() - 1)
+    # The standard's least is 2^-127, which processors may take for zero; the ends matter for no model.
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127))
+    scale = torch.where(torch.isfinite(largest), scale, largest)  # NaN and infinity stay seen
+    return scale.repeat_interleave(GROUP, dim=-1)[..., :columns]
 
 
 def _spanning(low: Tensor, high: Tensor, activations: Activations) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fettle.errors import RecipeError
 from fettle.methods.quantize.observers import Observer, observe
-from fettle.tensors.activations import LARGEST_BITS, MOST_OUTLIERS, SMALLEST_BITS, Activations, InputGrid, InputScale
+from fettle.tensors.activations import (
+    LARGEST_BITS,
+    MOST_OUTLIERS,
+    SMALLEST_BITS,
+    Activations,
+    InputGranularity,
+    InputGrid,
+    InputScale,
+)
 from fettle.tensors.levels import GridName, named
 from fettle.tensors.scheme import SCALE_DTYPES, Granularity, Scheme
 
@@ -49,11 +57,16 @@ class GridFields:
     activation_bits: int = field(
         default=8, metadata={"help": "bits of an input's code", "minimum": SMALLEST_BITS, "maximum": LARGEST_BITS}
     )
-    activation_granularity: Literal["token", "tensor"] | None = field(
-        default=None, metadata={"help": "what shares an input scale; none for token where dynamic, tensor where static"}
+    activation_granularity: Literal["token", "tensor", "group"] | None = field(
+        default=None,
+        metadata={
+            "help": "what shares an input scale; none for token where dynamic, tensor where static, and groups of 32 "
+            "with 4-bit floats (MX)"
+        },
     )
     activation_grid: InputGrid = field(
-        default="uniform", metadata={"help": "integers, or float for e4m3: finer near zero, coarser far from it"}
+        default="uniform",
+        metadata={"help": "integers, or float for e4m3, with 4 bits e2m1: finer near zero, coarser far from it"},
     )
     observer: Observer = field(
         default="mse", metadata={"help": "how a static input scale is found on the calibration text"}
@@ -131,10 +144,13 @@ class GridFields:
         if self.activations == "none":
             return None
         dynamic = self.activations == "dynamic"
+        usual: InputGranularity = "token" if dynamic else "tensor"
+        if self.activation_grid == "float" and self.activation_bits == 4:
+            usual = "group"
         return Activations(
             dynamic=dynamic,
             bits=self.activation_bits,
-            granularity=self.activation_granularity or ("token" if dynamic else "tensor"),
+            granularity=self.activation_granularity or usual,
             zero_point=self.activation_asymmetric,
             grid=self.activation_grid,
             outliers=self.activation_outliers,

@@ -25,7 +25,7 @@ from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.masked_storage import masked_obstacle
 from fettle.models.storage.modules import every_linear, module_name
-from fettle.tensors.activations import Activations
+from fettle.tensors.activations import GROUP, Activations
 from fettle.tensors.grid import Grid, uniform
 from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Granularity, Scheme
@@ -75,6 +75,12 @@ def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, st
         (
             scheme.activations is not None and scheme.zero_point and storage == "pack-quantized",
             f"transformers cannot load packed zero points ({name}) and quantize inputs as well",
+        ),
+        (
+            scheme.activations is not None
+            and scheme.activations.granularity == "group"
+            and storage not in ("mxfp4-pack-quantized", "mxfp8-quantized"),
+            f"the standard's inputs with a scale for each group ({name}) go with weights of the MX formats",
         ),
         (
             scheme.activations is not None and scheme.activations.outliers > 0,
@@ -162,14 +168,17 @@ def inputs_arguments(activations: Activations | None) -> dict[str, Any] | None:
     """The standard's `input_activations`."""
     if activations is None:
         return None
-    return {
+    arguments = {
         "num_bits": activations.bits,
         "type": "int" if activations.grid == "uniform" else "float",
         "symmetric": not activations.zero_point,
         "strategy": activations.granularity,
-        "group_size": None,
+        "group_size": GROUP if activations.granularity == "group" else None,
         "dynamic": activations.dynamic,
     }
+    if activations.granularity == "group":
+        arguments |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    return arguments
 
 
 def _dense_modules(schemes: Mapping[str, Scheme], anatomy: Anatomy) -> list[str]:
@@ -261,11 +270,16 @@ def _read_inputs(arguments: Mapping[str, Any] | None, linear: Linear) -> Activat
     dynamic, strategy = arguments.get("dynamic", False), arguments.get("strategy") or "tensor"
     bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
     known = kind == "int" or (kind == "float" and bits == FLOAT8.bits)
-    if not known or strategy not in ("token", "tensor") or not isinstance(dynamic, bool):
+    known = known and strategy in ("token", "tensor")
+    mx = kind == "float" and bits in (FLOAT4.bits, FLOAT8.bits) and strategy == "group"
+    mx = (
+        mx and arguments.get("group_size") == GROUP and "uint8" in str(arguments.get("scale_dtype")) and dynamic is True
+    )
+    if not (known or mx) or not isinstance(dynamic, bool):
         raise CheckpointError(
             f"the inputs of {linear.name} are quantized as {bits}-bit {kind}, strategy {strategy}, dynamic {dynamic}, "
-            "which fettle does not read. It reads integers and 8-bit floats with a scale a token or a tensor. Give it "
-            "the original model."
+            "which fettle does not read. It reads integers and 8-bit floats with a scale a token or a tensor, and MX "
+            "floats of 4 and 8 bits. Give it the original model."
         )
     return Activations.from_dict(
         {
