@@ -8,6 +8,10 @@ So the result is the same architecture with smaller numbers in its configuration
 `parameters: 0.6x` and `latency: 0.5x` give every legal number of heads as many neurons as the target leaves, and take
 the pair whose shares are nearest. Latency is measured here, piece by piece: `latency.py`.
 
+`by_block` spreads the same number of neurons and heads over the blocks by their scores (squared contributions, which
+are in the units of the residual stream, so that blocks compare). No configuration of transformers can say that: the
+folder is for `fettle.load` and the engines alone (the native one where heads are alike), and says so.
+
 Differs from the paper: nothing is retrained; norms over fewer channels are corrected so that what was removed counts as
 zero; units keep their order.
 """
@@ -20,7 +24,7 @@ from typing import ClassVar
 
 from fettle.errors import RecipeError
 from fettle.methods.reshape.latency import LATENCY_HELP, LatencyEngine, LatencyTarget
-from fettle.methods.reshape.legal_widths import Widths, legal
+from fettle.methods.reshape.legal_widths import Widths, cut_by_block, legal
 from fettle.methods.reshape.limits import Limits, find_limits, widths_within
 from fettle.methods.reshape.subject import Reshaped, Subject, parse_share
 from fettle.methods.reshape.unit_scores import Score, unit_scores
@@ -52,6 +56,10 @@ class Narrow:
     hidden: float | None = field(default=None, metadata={"help": "the share of the hidden width kept", **_SHARE})
     score: Score = field(default="contribution", metadata={"help": "how units are judged"})
     multiple: int = field(default=16, metadata={"help": "widths are multiples of this", "minimum": 1})
+    by_block: bool = field(
+        default=False,
+        metadata={"help": "spread neurons and heads over the blocks by their scores; only fettle loads the result"},
+    )
 
     def needs(self) -> tuple[str, ...]:
         """Text, unless weights are enough."""
@@ -85,8 +93,11 @@ class Narrow:
         limits = self._limits(subject)
         widths = self._widths(subject, limits)
         scores = unit_scores(subject, self.score)
-        view = widths.cut(subject, scores).view()
-        decided = {"method": self.name, "score": self.score, "kept": widths.to_dict()}
+        if self.by_block:
+            cuts, kept = cut_by_block(subject, widths, scores, self.multiple)
+        else:
+            cuts, kept = widths.cut(subject, scores), widths.to_dict()
+        view, decided = cuts.view(), {"method": self.name, "score": self.score, "kept": kept}
         return Reshaped(view=view, decided=decided | (limits.report(subject, widths) if limits is not None else {}))
 
     def _limits(self, subject: Subject) -> Limits | None:
@@ -109,6 +120,6 @@ class Narrow:
             if found:
                 return found[0]
             raise limits.unreachable(subject, self._hidden(subject), self.multiple)
-        if self.heads is not None and self.heads < 1:
+        if self.heads is not None and self.heads < 1 and not self.by_block:
             require_free_heads(subject)
         return Widths.of(subject).shared(self.neurons or 1.0, self.heads or 1.0, self._hidden(subject), self.multiple)
