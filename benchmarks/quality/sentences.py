@@ -34,6 +34,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "method": "smoothquant", **CHANNEL, "activations": "static", "activation_asymmetric": True,
     },
     "W4 gptq g32": {"method": "gptq", "bits": 4, "group_size": 32, "asymmetric": True},
+    "neurons 0.5": {"method": "narrow", "neurons": 0.5},
+    "heads and neurons 0.5": {"method": "narrow", "neurons": 0.5, "heads": 0.5, "by_block": True},
+    "heads and neurons 0.5, activation": {
+        "method": "narrow", "neurons": 0.5, "heads": 0.5, "by_block": True, "score": "activation",
+    },
 }  # fmt: skip
 BATCH = 32
 
@@ -84,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), metavar="SCHEME")
     args = parser.parse_args()
     pairs = read_pairs(args.pairs)
     original = score(args.model, pairs)
@@ -94,8 +100,8 @@ def main() -> None:
             text = str(Path(temporary) / "calibration.txt")
             Path(text).write_text("\n".join(training[0]), encoding="utf-8")
         calibration = {"windows": args.windows, "length": args.length, "seed": 0, "text": text}
-        for number, (name, fields) in enumerate(SCHEMES.items()):
-            storage = "int-quantized" if fields["bits"] == 8 else "pack-quantized"
+        for number, (name, fields) in enumerate((name, SCHEMES[name]) for name in args.schemes):
+            storage = "int-quantized" if fields.get("bits") == 8 else "pack-quantized"
             recipe = {"name": "sentences", "steps": [fields], "calibration": calibration, "storage": storage}
             out = Path(temporary) / str(number)
             fettle.compress(args.model, out, parse_recipe(recipe, "benchmark"), evaluate=False)

@@ -38,7 +38,13 @@ def _shape(step: Mapping[str, Any]) -> str:
     if step.get("shared"):
         words.append("one set of matrices for blocks " + ", ".join("+".join(map(str, x)) for x in step["shared"]))
     kept = step.get("kept")
-    if isinstance(kept, Mapping) and "neurons" in kept:
+    if isinstance(kept, Mapping) and isinstance(kept.get("neurons"), list):
+        neurons, heads = (", ".join(map(str, kept[name])) for name in ("neurons", "kv_heads"))
+        words.append(
+            f"by block {neurons} neurons and {heads} key-value heads: fettle.load and the torch engine run it, the "
+            "native engine where heads are alike, plain transformers and other loaders do not"
+        )
+    elif isinstance(kept, Mapping) and "neurons" in kept:
         neurons = ", ".join(str(width) for width in kept["neurons"].values())
         words.append(f"{neurons} neurons, {kept['heads']} heads ({kept['kv_heads']} key-value), width {kept['hidden']}")
     elif isinstance(kept, Mapping):

@@ -37,6 +37,7 @@ from fettle.kernels.native import (
 )
 from fettle.kernels.native_sparse import masked_matrix
 from fettle.models.anatomy import Anatomy
+from fettle.models.block_widths import are_heads_alike, head_counts
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.module_tree import build_tree, parameter_of
 from fettle.models.parts import Block, Linear
@@ -73,13 +74,18 @@ def read_sizes(config: Any, anatomy: Anatomy) -> Sizes:
     """The sizes of a model from transformers' configuration of it."""
     heads = int(setting(config, _HEADS))
     embedding = anatomy.embedding
+    if not are_heads_alike(getattr(config, "__dict__", {})):
+        raise UsageError(
+            "the native engine runs blocks with the same heads alone, and these differ; use --engine torch"
+        )
+    own = head_counts(config.__dict__) or (0, 0)
     assert embedding is not None, "a family with a row in native_families has an embedding"
     vocabulary, hidden = embedding.shape
     context = setting(config, ("max_position_embeddings", "n_positions"))
     return Sizes(
         hidden=hidden,
-        heads=heads,
-        kv_heads=int(setting(config, ("num_key_value_heads",), heads)),
+        heads=own[0] or heads,
+        kv_heads=own[1] or int(setting(config, ("num_key_value_heads",), heads)),
         head_size=int(setting(config, ("head_dim",), hidden // heads)),
         vocabulary=vocabulary,
         context=None if context is None else int(context),

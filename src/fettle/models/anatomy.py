@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from fettle.errors import CheckpointError
+from fettle.models.block_widths import block_dimensions
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import DIMENSIONS, Family, Row, find_family
 from fettle.models.generic import read_generic
@@ -194,13 +195,15 @@ class _Reader:
         present = set(names)
         is_moe = any(row.role == "router" and f"{disk}{row.name}.weight" in present for row in self.family.rows)
         linears: list[Linear] = []
+        dims = block_dimensions(self.checkpoint.config, self.dims, index)
         for row in self.family.rows:
             if row.kind == ("dense" if is_moe else "moe") and (
                 is_moe or any(r.kind == "dense" for r in self.family.rows)
             ):
                 continue
             count = min(evaluate_shape("experts", self.dims), len(names) + 1) if "{e}" in row.name else 1
-            linears += [self._linear(row, index, disk, module, e if "{e}" in row.name else None) for e in range(count)]
+            experts = [e if "{e}" in row.name else None for e in range(count)]
+            linears += [self._linear(row, (index, dims), disk, module, expert) for expert in experts]
         for name, expression in self.family.vectors:
             self._check(disk + name, self._vector_shape(expression))
         feeds = tuple(feed for source in self.family.sources for feed in self._feeds(source, disk, linears))
@@ -229,9 +232,12 @@ class _Reader:
             )
         return found
 
-    def _linear(self, row: Row, block: int, disk: str, module: str, expert: int | None) -> Linear:
+    def _linear(
+        self, row: Row, numbered: tuple[int, Mapping[str, int]], disk: str, module: str, expert: int | None
+    ) -> Linear:
+        block, dims = numbered
         name = disk + row.name.replace("{e}", str(expert))
-        out, into = (evaluate_shape(part, self.dims) for part in row.shape)
+        out, into = (evaluate_shape(part, dims) for part in row.shape)
         transposed = self.family.transposed
         self._check(f"{name}.weight", (into, out) if transposed else (out, into))
         if self.checkpoint.config.get(row.bias[0], row.bias[1]):

@@ -326,24 +326,22 @@ BERT = Family(
             name="attention.self.query",
             role="query",
             reads="attention.self.qkv",
-            shape=("hidden", "hidden"),
+            shape=("q", "hidden"),
             bias=_ALWAYS,
         ),
-        Row(
-            name="attention.self.key", role="key", reads="attention.self.qkv", shape=("hidden", "hidden"), bias=_ALWAYS
-        ),
+        Row(name="attention.self.key", role="key", reads="attention.self.qkv", shape=("kv", "hidden"), bias=_ALWAYS),
         Row(
             name="attention.self.value",
             role="value",
             reads="attention.self.qkv",
-            shape=("hidden", "hidden"),
+            shape=("kv", "hidden"),
             bias=_ALWAYS,
         ),
         Row(
             name="attention.output.dense",
             role="output",
             reads="attention.output.dense",
-            shape=("hidden", "hidden"),
+            shape=("hidden", "q"),
             bias=_ALWAYS,
         ),
         Row(name="intermediate.dense", role="up", reads="intermediate.dense", shape=("mlp", "hidden"), bias=_ALWAYS),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fettle.errors import ModelError
 from fettle.models.anatomy import Anatomy
+from fettle.models.block_widths import WIDTHS_KEY, fit_tree
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.parts import Linear
 
@@ -48,6 +49,8 @@ def build_tree(checkpoint: Checkpoint, anatomy: Anatomy, dtype: torch.dtype, dev
             f"describes: {' '.join(str(error).split())}. Check that value there, model_type, architectures and the "
             "token ids, or install a transformers that knows them."
         ) from error
+    if WIDTHS_KEY in checkpoint.config:
+        fit_tree(model, anatomy)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             raise ModelError(f"buffer {name!r} of {type(model).__name__} could not be computed without weights.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fettle.errors import ModelError, RecipeError
 from fettle.models.anatomy import dimensions
+from fettle.models.block_widths import cut_table
 from fettle.models.families import DIMENSIONS, find_family
 
 #: lists with one entry a block
@@ -22,7 +23,7 @@ _BLOCK_NUMBERS = ("max_window_layers",)
 
 def with_blocks(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """The configuration of the model with these blocks alone, in this order."""
-    found = dict(config)
+    found = {**config, **cut_table(config, list(kept))}
     told = _as_transformers_reads(config)
     layers = dimensions(config, find_family(config["model_type"]))["layers"]
     found[_key(config, "layers")] = len(kept)

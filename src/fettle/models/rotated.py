@@ -36,17 +36,24 @@ from torch import Tensor
 from fettle.errors import RecipeError
 from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.parts import Anatomy, Block, Linear
-from fettle.tensors.orthogonal import Orthogonal
+
+
+class Turn(Protocol):
+    """An orthogonal matrix R: `tensors.orthogonal.Orthogonal`, or one that is written out."""
+
+    def apply(self, rows: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """`rows` [..., k · width] · diag(scale) → each run of `width` columns times R, in `dtype` or the rows' own."""
+        ...
 
 
 class Basis(Protocol):
     """What chooses the coordinates."""
 
-    def residual_map(self, width: int, *, centred: bool) -> Orthogonal | None:
+    def residual_map(self, width: int, *, centred: bool) -> Turn | None:
         """R of a residual stream of this width, which leaves the ones where they are if `centred`; None: it stays."""
         ...
 
-    def head_map(self, head_dim: int, block: int) -> Orthogonal | None:
+    def head_map(self, head_dim: int, block: int) -> Turn | None:
         """R of the values of each head of a block; None: they stay."""
         ...
 
@@ -62,8 +69,8 @@ class _Change:
     source: str
     norm: str | None = None  # the tensor whose values multiply the columns
     divided: bool = False  # … or divide them, for a norm's own bias
-    columns: Orthogonal | None = None
-    rows: Orthogonal | None = None
+    columns: Turn | None = None
+    rows: Turn | None = None
     chosen: tuple[int, ...] | None = None  # the rows that `rows` is for; None for all
     ones: bool = False  # a norm whose weight went elsewhere
     transposed: bool = False  # [in, out] on disk
@@ -128,7 +135,7 @@ class RotatedCheckpoint(Checkpoint):
         return 1 / norm.double()
 
 
-def _rows_rotated(matrix: Tensor, rows: Orthogonal, chosen: tuple[int, ...] | None) -> Tensor:
+def _rows_rotated(matrix: Tensor, rows: Turn, chosen: tuple[int, ...] | None) -> Tensor:
     """Rᵀ · matrix [out, in], or of a vector [out], over the chosen rows; float32."""
     columns = matrix.float().reshape(matrix.shape[0], -1).T  # [in, out]
     if chosen is None:
@@ -164,7 +171,7 @@ def rotate(checkpoint: Checkpoint, anatomy: Anatomy, basis: Basis) -> RotatedChe
     )  # fmt: skip
 
 
-def _residual_map(checkpoint: Checkpoint, anatomy: Anatomy, basis: Basis) -> Orthogonal | None:
+def _residual_map(checkpoint: Checkpoint, anatomy: Anatomy, basis: Basis) -> Turn | None:
     width = anatomy.embedding.shape[1] if anatomy.embedding is not None else 0
     stream = anatomy.residual
     found = basis.residual_map(width, centred=stream is not None and stream.centred) if width else None
@@ -179,9 +186,7 @@ def _residual_map(checkpoint: Checkpoint, anatomy: Anatomy, basis: Basis) -> Ort
     raise RecipeError(f"rotation: {checkpoint.folder.name} ({anatomy.family}) cannot be rotated: {reason}; {advice}")
 
 
-def _rotate_outside(
-    checkpoint: Checkpoint, anatomy: Anatomy, residual: Orthogonal, changes: dict[str, _Change]
-) -> None:
+def _rotate_outside(checkpoint: Checkpoint, anatomy: Anatomy, residual: Turn, changes: dict[str, _Change]) -> None:
     """Embedding, position tables, final norm and head."""
     stream, head, embedding = anatomy.residual, anatomy.head, anatomy.embedding
     assert stream is not None and head is not None and embedding is not None
@@ -191,16 +196,14 @@ def _rotate_outside(
     changes[f"{head.name}.weight"] = _Change(source=head.weight_name, norm=f"{stream.final}.weight", columns=residual)
 
 
-def _rotate_norm(checkpoint: Checkpoint, norm: str, residual: Orthogonal, changes: dict[str, _Change]) -> None:
+def _rotate_norm(checkpoint: Checkpoint, norm: str, residual: Turn, changes: dict[str, _Change]) -> None:
     weight, bias = f"{norm}.weight", f"{norm}.bias"
     changes[weight] = _Change(source=weight, ones=True)
     if bias in checkpoint.entries:
         changes[bias] = _Change(source=bias, norm=weight, divided=True, columns=residual)
 
 
-def _rotate_block(
-    checkpoint: Checkpoint, block: Block, residual: Orthogonal | None, changes: dict[str, _Change]
-) -> None:
+def _rotate_block(checkpoint: Checkpoint, block: Block, residual: Turn | None, changes: dict[str, _Change]) -> None:
     """What the residual stream's rotation does to a block; without one the change is none yet."""
     for linear in block.linears:
         bias = f"{linear.name}.bias"

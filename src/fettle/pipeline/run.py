@@ -36,7 +36,7 @@ from fettle.models.config_file import context_length
 from fettle.models.loading import TOKENIZER_FILES
 from fettle.models.rotated import BASIS_KEY, RotatedCheckpoint, rotate
 from fettle.models.source import resolve
-from fettle.models.storage import quantization_config, sharing_config, stored_schemes
+from fettle.models.storage import dense_config, quantization_config, stored_schemes
 from fettle.models.writer import copy_side_files, write_index, write_json
 from fettle.pipeline.journal import Journal, run_folder
 from fettle.pipeline.layout import Layout, build_layout
@@ -238,8 +238,7 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
     config = dict(run.checkpoint.config)
     found = quantization_config(schemes, run.anatomy, run.recipe.storage, run.checkpoint.dtype)
-    if run.checkpoint.shared:
-        found = sharing_config(run.checkpoint.shared)
+    found = found or dense_config(run.checkpoint)
     if found:  # an empty one is taken for a damaged one
         config["quantization_config"] = found
     if run.recipe.basis is not None:  # adapters and draft heads of the base do not fit, and a measurement has to know

@@ -11,7 +11,8 @@ from torch import nn
 
 from fettle.errors import RecipeError
 from fettle.methods.registry import from_fields
-from fettle.methods.reshape.narrow import Narrow, best_heads, legal_heads
+from fettle.methods.reshape.legal_widths import best_heads, legal_heads
+from fettle.methods.reshape.narrow import Narrow
 from fettle.methods.reshape.subject import Subject
 from fettle.methods.reshape.unit_scores import unit_scores
 from fettle.methods.reshape.widths import WRITERS, HeadShape, attention_of, head_shape, neuron_groups

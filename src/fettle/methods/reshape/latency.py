@@ -16,6 +16,7 @@ table that was measured stands in `fettle.json`, and a resumed run that would ch
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import FREE_HEAD_SIZE
 
 NEURON_POINTS = 6  # numbers of neurons that are measured
+ROUNDS = 3  # times that every shape is measured, in turn; the fastest counts
 Measure = Callable[[Checkpoint], float]  # a model → seconds of a step
 LatencyEngine = Literal["native", "torch"]
 LATENCY_HELP = "the share of the original's time a step that it may take on this machine, such as 0.5x"
@@ -92,8 +94,8 @@ def measured_pieces(subject: Subject, measure: Measure, hidden: int, multiple: i
         RecipeError: blocks that differ, so that two of them do not stand for all.
     """
     full = Widths.of(subject)
-    shapes = [[(x.role, x.shape, x.expert) for x in block.linears] for block in subject.anatomy.blocks]
-    if len(full.neurons) != 1 or any(shape != shapes[0] for shape in shapes):
+    kinds = [[(x.role, x.shape, x.expert) for x in block.linears] for block in subject.anatomy.blocks]
+    if len(full.neurons) != 1 or any(kind != kinds[0] for kind in kinds):
         raise RecipeError(
             "latency: the blocks of this model differ (dense ones between experts), so no block stands for all; give "
             "parameters instead"
@@ -107,26 +109,32 @@ def measured_pieces(subject: Subject, measure: Measure, hidden: int, multiple: i
         widths = Widths(neurons={all_neurons: neurons}, heads=heads, hidden=hidden)
         return measure(widths.cut(of, None).view())
 
-    most = full.heads.kv_heads
-    whole = seconds(several, most, all_neurons)
-    single = seconds(one, most, all_neurons) if depth > 1 else 0.0
-    block = max(whole - single, 0.0) if depth > 1 else whole
-    rest = max(whole - depth * block, 0.0)
-
-    def of_block(kv_heads: int, neurons: int) -> float:
-        if (kv_heads, neurons) == (most, all_neurons):
-            return block
-        return max(seconds(several, kv_heads, neurons) - rest, 0.0) / depth
-
-    free = subject.family.name in FREE_HEAD_SIZE
+    most, free = full.heads.kv_heads, subject.family.name in FREE_HEAD_SIZE
     groups = [k for k in range(1, most + 1) if k == most or (free and hidden % (k * full.heads.group) == 0)]
     steps = range(1, NEURON_POINTS)
     points = {max(multiple, all_neurons * k // NEURON_POINTS // multiple * multiple) for k in steps} | {all_neurons}
-    return Pieces(
-        rest=rest,
-        heads={k: of_block(k, all_neurons) for k in groups},
-        neurons={n: of_block(most, n) for n in sorted(points) if n <= all_neurons},
-    )
+    shapes = [(several, k, all_neurons) for k in groups]
+    shapes += [(several, most, n) for n in sorted(points) if n < all_neurons]
+    shapes += [(one, most, all_neurons)] if depth > 1 else []
+    best = [math.inf] * len(shapes)
+    for _ in range(ROUNDS):
+        best = [min(known, seconds(*shape)) for known, shape in zip(best, shapes, strict=True)]
+    found = {(len(of.anatomy.blocks), k, n): value for (of, k, n), value in zip(shapes, best, strict=True)}
+    whole = found[depth, most, all_neurons]
+    block = max(whole - found[1, most, all_neurons], 0.0) if depth > 1 else whole
+    rest = max(whole - depth * block, 0.0)
+    heads = {k: max(found[depth, k, all_neurons] - rest, 0.0) / depth for k in groups}
+    neurons = {n: max(found[depth, most, n] - rest, 0.0) / depth for d, k, n in found if (d, k) == (depth, most)}
+    return Pieces(rest=rest, heads=_never_slower(heads), neurons=_never_slower(neurons))
+
+
+def _never_slower(times: dict[int, float]) -> dict[int, float]:
+    """Times by width, ascending, where no narrower block takes longer than a wider one: that was the machine."""
+    least, found = math.inf, {}
+    for width in sorted(times, reverse=True):
+        least = min(least, times[width])
+        found[width] = least
+    return dict(sorted(found.items()))
 
 
 def _of_depth(subject: Subject, count: int) -> Subject:

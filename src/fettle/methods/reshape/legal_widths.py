@@ -7,7 +7,7 @@ divide the width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fettle.errors import RecipeError
 from fettle.methods.reshape.subject import Subject
 from fettle.methods.reshape.unit_scores import UnitScores
 from fettle.methods.reshape.widths import Cuts, HeadShape, attention_of, head_shape, neuron_groups
+from fettle.models.block_widths import BY_BLOCK, WIDTHS_KEY
 from fettle.models.view import parameter_count
 
 
@@ -39,6 +40,8 @@ class Widths:
     def of(cls, subject: Subject) -> Widths:
         """As it is."""
         blocks, embedding = subject.anatomy.blocks, subject.anatomy.embedding
+        if WIDTHS_KEY in subject.checkpoint.config:
+            raise RecipeError("the blocks have widths of their own already; narrow the model that they were made from")
         sizes = {down.shape[1] for block in blocks for down, _ in neuron_groups(block)}
         if embedding is None or not sizes:
             raise RecipeError(f"a {subject.anatomy.family} model has no embedding or feed-forward part to narrow")
@@ -79,6 +82,56 @@ class Widths:
         if self.hidden != subject.anatomy.embedding.shape[1]:
             cuts.hidden(pick(None if scores is None else scores.hidden, self.hidden))
         return cuts
+
+
+def cut_by_block(subject: Subject, widths: Widths, scores: UnitScores, multiple: int) -> tuple[Cuts, dict[str, Any]]:
+    """Cuts to as many units in all as the widths have, spread over the blocks by their scores; and the widths.
+
+    Raises:
+        RecipeError: a family whose blocks cannot differ.
+    """
+    if subject.family.name not in BY_BLOCK:
+        raise RecipeError(
+            f"narrow: blocks of a {subject.family.name} model cannot have widths of their own (fused matrices, experts "
+            f"or turned ones); families that can: {', '.join(sorted(BY_BLOCK))}. Leave by_block out"
+        )
+    blocks, before, cuts = subject.anatomy.blocks, head_shape(subject), Cuts(subject)
+    downs = [next(neuron_groups(block))[0] for block in blocks]
+    outputs = [attention_of(block)[0] for block in blocks]
+    ((all_neurons, kept_neurons),) = widths.neurons.items()
+    if widths.heads.group != before.group:
+        raise RecipeError(
+            "narrow: by_block keeps whole key-value groups, and this leaves less than one; keep more heads"
+        )
+    energies = [scores.neurons[down.name].square() for down in downs]
+    neurons = [all_neurons] * len(blocks)
+    if kept_neurons < all_neurons:
+        neurons = spread_units(energies, kept_neurons // multiple * len(blocks), multiple)
+    groups = [scores.heads[output.name].square().view(before.kv_heads, -1).sum(1) for output in outputs]
+    kept_groups = spread_units(groups, widths.heads.kv_heads * len(blocks), 1)
+    cuts.neurons({down.name: _best(e, n) for down, e, n in zip(downs, energies, neurons, strict=True)})
+    sizes = [HeadShape(heads=k * before.group, kv_heads=k, size=before.size) for k in kept_groups]
+    chosen = {o.name: best_heads(scores.heads[o.name], before, size) for o, size in zip(outputs, sizes, strict=True)}
+    cuts.heads(chosen, before, None)
+    if widths.hidden != Widths.of(subject).hidden:
+        cuts.hidden(_best(scores.hidden, widths.hidden))
+    cuts.by_block(neurons, kept_groups, before)
+    return cuts, {"neurons": neurons, "kv_heads": kept_groups, "hidden": widths.hidden}
+
+
+def spread_units(energies: Sequence[Tensor], total: int, multiple: int) -> list[int]:
+    """How many units each block keeps, multiples, where `total` multiples stay in all: those with the most energy, and
+    at least one multiple of each block. Of equals the earlier block's.
+    """
+    chunks = []
+    for place, energy in enumerate(energies):
+        ordered = torch.sort(energy, descending=True).values
+        sums = ordered[: len(ordered) // multiple * multiple].view(-1, multiple).sum(1).tolist()
+        chunks += [(-value, place) for value in sums[1:]]
+    kept = [multiple] * len(energies)
+    for _, place in sorted(chunks)[: total - len(energies)]:
+        kept[place] += multiple
+    return kept
 
 
 def legal(size: int, share: float, multiple: int, what: str, name: str) -> int:

@@ -8,6 +8,13 @@ So the result is the same architecture with smaller numbers in its configuration
 `parameters: 0.6x` and `latency: 0.5x` give every legal number of heads as many neurons as the target leaves, and take
 the pair whose shares are nearest. Latency is measured here, piece by piece: `latency.py`.
 
+`by_block` spreads the same number of neurons and heads over the blocks by their scores (squared contributions, which
+are in the units of the residual stream, so that blocks compare). No configuration of transformers can say that: the
+folder is for `fettle.load` and the engines alone (the native one where heads are alike), and says so.
+
+`channels: principal` turns the residual stream into its principal directions before channels go (SliceGPT; one basis
+for all blocks): `principal.py`.
+
 Differs from the paper: nothing is retrained; norms over fewer channels are corrected so that what was removed counts as
 zero; units keep their order.
 """
@@ -15,13 +22,14 @@ zero; units keep their order.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 from fettle.errors import RecipeError
 from fettle.methods.reshape.latency import LATENCY_HELP, LatencyEngine, LatencyTarget
-from fettle.methods.reshape.legal_widths import Widths, legal
+from fettle.methods.reshape.legal_widths import Widths, cut_by_block, legal
 from fettle.methods.reshape.limits import Limits, find_limits, widths_within
+from fettle.methods.reshape.principal import principal_directions, turned
 from fettle.methods.reshape.subject import Reshaped, Subject, parse_share
 from fettle.methods.reshape.unit_scores import Score, unit_scores
 from fettle.methods.reshape.widths import head_shape, require_free_heads, require_free_width
@@ -52,10 +60,18 @@ class Narrow:
     hidden: float | None = field(default=None, metadata={"help": "the share of the hidden width kept", **_SHARE})
     score: Score = field(default="contribution", metadata={"help": "how units are judged"})
     multiple: int = field(default=16, metadata={"help": "widths are multiples of this", "minimum": 1})
+    channels: Literal["importance", "principal"] = field(
+        default="importance",
+        metadata={"help": "which channels go: the least important, or the last of the principal directions (SliceGPT)"},
+    )
+    by_block: bool = field(
+        default=False,
+        metadata={"help": "spread neurons and heads over the blocks by their scores; only fettle loads the result"},
+    )
 
     def needs(self) -> tuple[str, ...]:
         """Text, unless weights are enough."""
-        return () if self.score == "magnitude" else self.statistics
+        return () if self.score == "magnitude" and self.channels == "importance" else self.statistics
 
     def validate(self) -> None:
         """A target: a share of the parameters or of the time, or of some widths."""
@@ -64,6 +80,11 @@ class Narrow:
         if not any(targets.values()) and all(share is None for share in shares):
             raise RecipeError(
                 "narrow: nothing to narrow; give parameters: 0.6x, latency: 0.5x, or shares of neurons, heads or hidden"
+            )
+        if self.channels == "principal" and (self.hidden is None or any(targets.values())):
+            raise RecipeError(
+                "narrow: channels=principal turns the residual stream and cuts it; say how far with hidden: 0.75, and "
+                "leave parameters and latency out (a tied head gets a matrix of its own)"
             )
         for name, text in targets.items():
             if text is None:
@@ -84,9 +105,16 @@ class Narrow:
         """The model with the units that are missed most."""
         limits = self._limits(subject)
         widths = self._widths(subject, limits)
-        scores = unit_scores(subject, self.score)
-        view = widths.cut(subject, scores).view()
-        decided = {"method": self.name, "score": self.score, "kept": widths.to_dict()}
+        scores, turn = unit_scores(subject, self.score), {}
+        if self.channels == "principal" and widths.hidden < Widths.of(subject).hidden:
+            basis = principal_directions(subject)
+            subject, scores = turned(subject, basis), replace(scores, hidden=basis.energies)
+            turn = {"channels": self.channels, "kept_energy": basis.kept(widths.hidden)}
+        if self.by_block:
+            cuts, kept = cut_by_block(subject, widths, scores, self.multiple)
+        else:
+            cuts, kept = widths.cut(subject, scores), widths.to_dict()
+        view, decided = cuts.view(), {"method": self.name, "score": self.score, "kept": kept, **turn}
         return Reshaped(view=view, decided=decided | (limits.report(subject, widths) if limits is not None else {}))
 
     def _limits(self, subject: Subject) -> Limits | None:
@@ -109,6 +137,6 @@ class Narrow:
             if found:
                 return found[0]
             raise limits.unreachable(subject, self._hidden(subject), self.multiple)
-        if self.heads is not None and self.heads < 1:
+        if self.heads is not None and self.heads < 1 and not self.by_block:
             require_free_heads(subject)
         return Widths.of(subject).shared(self.neurons or 1.0, self.heads or 1.0, self._hidden(subject), self.multiple)

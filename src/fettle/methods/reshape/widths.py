@@ -15,7 +15,7 @@ D/K in its epsilon.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from fettle.errors import RecipeError
 from fettle.methods.reshape.subject import Subject
 from fettle.models.anatomy import Block, Linear, dimensions
+from fettle.models.block_widths import WIDTHS_KEY
 from fettle.models.families import FREE_HEAD_SIZE, FREE_WIDTH
 from fettle.models.reshaped_config import with_sizes
 from fettle.models.view import Cut, Index, View
@@ -90,13 +91,15 @@ class Cuts:
                     self._rows(linear, torch.cat([index, index + down.shape[1]]) if fused else index)
                 self.sizes["mlp" if down.expert is None else "moe"] = len(index)
 
-    def heads(self, kept: Mapping[str, Tensor], shape: HeadShape, new: HeadShape) -> None:
+    def heads(self, kept: Mapping[str, Tensor], shape: HeadShape, new: HeadShape | None) -> None:
         """Keeps these query heads: name of the output matrix → positions; with the key-value heads that they read.
+        `new` is what the configuration will say; None: nothing, as a table says it block by block.
 
         Raises:
             RecipeError: the family's configuration cannot say it.
         """
-        require_free_heads(self.subject)
+        if new is not None:
+            require_free_heads(self.subject)
         span = torch.arange(shape.size)
         for block in self.subject.anatomy.blocks:
             output, before = attention_of(block)
@@ -108,7 +111,15 @@ class Cuts:
             for linear in before:
                 fused = torch.cat([query, q + pair, q + kv + pair])
                 self._rows(linear, {"query": query, "query_key_value": fused}.get(linear.role, pair))
-        self.sizes |= {"heads": new.heads, "kv_heads": new.kv_heads}
+        if new is not None:
+            self.sizes |= {"heads": new.heads, "kv_heads": new.kv_heads}
+
+    def by_block(self, neurons: Sequence[int], groups: Sequence[int], shape: HeadShape) -> None:
+        """Says the widths block by block in place of one number for all."""
+        self.sizes.pop("mlp", None)
+        self.config[WIDTHS_KEY] = {
+            "neurons": list(neurons), "heads": [count * shape.group for count in groups], "kv_heads": list(groups)
+        }  # fmt: skip
 
     def hidden(self, index: Tensor) -> None:
         """Keeps these channels of the residual stream.

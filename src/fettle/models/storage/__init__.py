@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from fettle.models.storage.config import (
     StoredScheme,
+    dense_config,
     is_stored_as_codes,
     quantization_config,
-    sharing_config,
     stored_schemes,
 )
 from fettle.models.storage.matrices import read_input_quantizer, read_packed, read_quantized, read_weight
@@ -30,6 +30,7 @@ from fettle.models.storage.standard import standard_obstacle
 
 __all__ = [
     "StoredScheme",
+    "dense_config",
     "input_obstacle",
     "is_stored_as_codes",
     "module_name",
@@ -38,7 +39,6 @@ __all__ = [
     "read_packed",
     "read_quantized",
     "read_weight",
-    "sharing_config",
     "standard_obstacle",
     "stored_schemes",
 ]

@@ -11,6 +11,7 @@ import torch
 
 from fettle.errors import CheckpointError, UsageError
 from fettle.models.anatomy import Anatomy, Linear, unreadable
+from fettle.models.block_widths import WIDTHS_KEY
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import QUANTIZATION_KEYS, damaged
 from fettle.models.masked_storage import MASK_NAMES
@@ -71,11 +72,19 @@ def quantization_config(
     }
 
 
-def sharing_config(shared: Mapping[str, str]) -> dict[str, Any]:
-    """The `quantization_config` of a folder in which blocks share matrices; see `models/shared_tensors.py`."""
-    why = "blocks share matrices that are stored once"
-    head = {"quant_method": "fettle", "version": 2, "storage": "dense", "why": why, "schemes": [], "linears": {}}
-    return {**head, "shared": dict(shared), **REFUSAL}
+def dense_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `quantization_config` of a folder without codes that only fettle loads: blocks share matrices, or have
+    widths of their own. Empty for an ordinary one.
+    """
+    reasons = []
+    if checkpoint.shared:
+        reasons.append("blocks share matrices that are stored once")
+    if WIDTHS_KEY in checkpoint.config:
+        reasons.append("blocks have widths of their own")
+    if not reasons:
+        return {}
+    head = {"quant_method": "fettle", "version": 2, "storage": "dense", "why": " and ".join(reasons)}
+    return {**head, "schemes": [], "linears": {}, "shared": dict(checkpoint.shared), **REFUSAL}
 
 
 def stored_schemes(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, StoredScheme]:
