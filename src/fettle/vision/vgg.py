@@ -8,8 +8,8 @@ here without timm or torchvision:
      "pretrained_cfg": {"mean": …, "std": …, "input_size": [3, 224, 224]}}
 
 `model_args` may say other widths, which timm itself has no word for: `channels` (a number a convolution), `head_width`
-and `head_kernel`, the size of the map that the first wide layer reads (7; 1 for small images). `drop_rate` is timm's own
-word, and its default 0.
+and `head_kernel`, the size of the map that the first wide layer reads (7; 1 for small images); `drop_rate` is its own
+word, 0 unless given.
 """
 
 from __future__ import annotations
