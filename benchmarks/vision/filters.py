@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -90,19 +91,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=("vgg", "resnet", "mobilenet"), default="vgg")
     parser.add_argument("--work", type=Path, default=Path("build/vision"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sparsity", type=float, default=0.8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--score", default="taylor")
-    parser.add_argument("--scope", default="layer")
-    parser.add_argument("--heal-steps", type=int, default=60)
-    parser.add_argument("--last-steps", type=int, default=240)
+    parser.add_argument("--scope", default="global")
+    parser.add_argument("--heal-steps", type=int, default=50)
+    parser.add_argument("--last-steps", type=int, default=800)
     arguments = parser.parse_args()
     base = arguments.work / f"{arguments.network}-{arguments.steps}"
     if not (base / "trained").exists():
         write_untrained(arguments.network, base)
+        started = time.monotonic()
         train(base, arguments.steps)
-        (base / "trained").touch()
+        (base / "trained").write_text(str(round(time.monotonic() - started, 1)))
     recipe = recipe_of(arguments)
     plan = fettle.plan(base, recipe)
     made = fettle.compress(base, arguments.work / f"{arguments.network}-pruned", recipe, fresh=True, evaluate=True)
@@ -114,6 +116,7 @@ def main() -> None:
         "after": found["cost"], "latency_ms_before": found["reference_latency_ms"], "latency_ms": found["latency_ms"],
         "latency_ratio": found["latency_ms"] / found["reference_latency_ms"],
         "latency_ratio_predicted": plan.latency_ratio, "seconds": made.summary["seconds"],
+        "training_seconds": float((base / "trained").read_text()),
     }  # fmt: skip
     print(json.dumps(line))
 

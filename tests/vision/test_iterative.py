@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.vision.networks import vgg_config
+from tests.vision.networks import images_file, vgg_config
 from tests.vision.test_compressing import pruned
 from torch import nn
 
@@ -42,14 +42,25 @@ def trained(folder: Path, channels: list[int], head_width: int, steps: int) -> P
 
 @pytest.mark.exhaustive
 def test_eighty_percent_of_a_vgg_go_in_rounds_and_its_accuracy_stays(tmp_path: Path) -> None:
-    base = trained(tmp_path / "base", WIDE, 64, 400)
+    base = trained(tmp_path / "base", WIDE, 64, 300)
     made = pruned(
-        base, tmp_path / "out", SHAPES, sparsity=0.8, rounds=5, score="taylor", heal_steps=60, last_steps=240,
-        heal_rate=2e-3,
+        base, tmp_path / "out", SHAPES, sparsity=0.8, rounds=4, score="taylor", scope="global", heal_steps=50,
+        last_steps=800, heal_rate=2e-3,
     )  # fmt: skip
     found, summary = made.evaluation, made.summary
     assert found is not None and found.accuracy is not None and found.reference_accuracy is not None
-    assert found.reference_accuracy > 0.85
+    assert found.reference_accuracy > 0.75
     assert found.accuracy > found.reference_accuracy - 0.02
     assert summary["output"]["filters"] <= 0.2 * summary["base"]["filters"]
     assert summary["output"]["parameters"] <= 0.25 * summary["base"]["parameters"]
+
+
+def test_a_small_network_that_was_trained_a_little_keeps_what_it_knows(tmp_path: Path) -> None:
+    """The same in seconds: half of the filters, and the answers stay nearer to the original's than without healing."""
+    base = trained(tmp_path / "base", [8, 8, 12, 12, 16, 16, 16, 16, 16, 16, 16, 16, 16], 16, 40)
+    pictures = images_file(tmp_path / "images.safetensors", 200)
+    bare = pruned(base, tmp_path / "bare", pictures, sparsity=0.5).evaluation
+    healed = pruned(base, tmp_path / "healed", pictures, sparsity=0.5, rounds=2, heal_steps=20).evaluation
+    assert bare is not None and healed is not None and bare.kl_mean is not None and healed.kl_mean is not None
+    assert healed.kl_mean < bare.kl_mean
+    assert healed.cost == bare.cost

@@ -26,7 +26,7 @@ from fettle.vision.preprocessing import Preprocessing
 from fettle.vision.shapes import CLASSES, draw_shapes
 
 SHAPES = "shapes"
-CALIBRATION_IMAGES, HELD_OUT_IMAGES = 2000, 1000
+CALIBRATION_IMAGES, HELD_OUT_IMAGES = 4000, 1000
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELD_BACK = 5  # one image of so many is kept for measuring
 

@@ -59,15 +59,15 @@ def _stages(prefix: str, config: Mapping[str, Any], widths: Widths) -> dict[str,
     return {"embedding_size": widths[f"{prefix}.embedder.embedder.convolution"][0], "hidden_sizes": sizes}
 
 
-def _mobilenet(stem: str, last: str, full: tuple[int, int]) -> Numbers:
-    """The multiplier of all widths, read off the last layer, and no floor; V2 rounds to a multiple that may be less."""
+def _mobilenet(last: str, full: int) -> Numbers:
+    """The multiplier of all widths, read off the last layer of `full`; floor and multiple as low as it needs."""
 
     def numbers(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
-        first, final = widths[stem][0], widths[last][0]
-        found: dict[str, Any] = {"depth_multiplier": final / full[1], "min_depth": min(first, 8)}
-        if "depth_divisible_by" in config or stem.startswith("mobilenet_v2"):
+        made = [value[0] for value in widths.values() if len(value) == 3]
+        found: dict[str, Any] = {"depth_multiplier": widths[last][0] / full, "min_depth": min(made)}
+        if last.startswith("mobilenet_v2"):
             divisor = int(config.get("depth_divisible_by", 8))
-            while divisor > 1 and any(value[0] % divisor for value in list(widths.values())[:-1] if len(value) == 3):
+            while divisor > 1 and any(width % divisor for width in made):
                 divisor //= 2
             found |= {"depth_divisible_by": divisor, "finegrained_output": False}
         return found
@@ -78,8 +78,6 @@ def _mobilenet(stem: str, last: str, full: tuple[int, int]) -> Numbers:
 _FAMILIES: dict[str, Numbers] = {
     "resnet": _resnet,
     "regnet": _regnet,
-    "mobilenet_v1": _mobilenet("mobilenet_v1.conv_stem.convolution", "mobilenet_v1.layer.25.convolution", (32, 1024)),
-    "mobilenet_v2": _mobilenet(
-        "mobilenet_v2.conv_stem.first_conv.convolution", "mobilenet_v2.conv_1x1.convolution", (32, 1280)
-    ),
+    "mobilenet_v1": _mobilenet("mobilenet_v1.layer.25.convolution", 1024),
+    "mobilenet_v2": _mobilenet("mobilenet_v2.conv_1x1.convolution", 1280),
 }

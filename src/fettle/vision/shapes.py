@@ -25,7 +25,7 @@ class Drawn:
     labels: Tensor
 
 
-def draw_shapes(count: int, *, seed: int, side: int = 32, noise: float = 0.08) -> Drawn:
+def draw_shapes(count: int, *, seed: int, side: int = 32, noise: float = 0.05) -> Drawn:
     """`count` images with their labels, every class equally often to within one."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % len(CLASSES)
@@ -37,12 +37,12 @@ def draw_shapes(count: int, *, seed: int, side: int = 32, noise: float = 0.08) -
 
     place = torch.linspace(-1, 1, side)
     row, column = torch.meshgrid(place, place, indexing="ij")
-    x = column[None] - drawn(-0.35, 0.35, 1, 1)
-    y = row[None] - drawn(-0.35, 0.35, 1, 1)
-    size = drawn(0.4, 0.62, 1, 1)
+    x = column[None] - drawn(-0.25, 0.25, 1, 1)
+    y = row[None] - drawn(-0.25, 0.25, 1, 1)
+    size = drawn(0.5, 0.7, 1, 1)
     inside = _inside(x / size, y / size, shape)  # [images, side, side]
     angle = drawn(0, torch.pi, 1, 1)
-    stripes = torch.sin((x * angle.cos() + y * angle.sin()) * drawn(14, 18, 1, 1) + drawn(0, 6.28, 1, 1)) > 0
+    stripes = torch.sin((x * angle.cos() + y * angle.sin()) * drawn(11, 14, 1, 1) + drawn(0, 6.28, 1, 1)) > 0
     back, front = drawn(0, 1, 3, 1, 1), drawn(0, 1, 3, 1, 1)
     near = (front - back).abs().amax(1, keepdim=True) < 0.4
     front = torch.where(near, (back + 0.5) % 1, front)  # a shape that cannot be seen has no label

@@ -8,7 +8,8 @@ here without timm or torchvision:
      "pretrained_cfg": {"mean": …, "std": …, "input_size": [3, 224, 224]}}
 
 `model_args` may say other widths, which timm itself has no word for: `channels` (a number a convolution), `head_width`
-and `head_kernel`, the size of the map that the first wide layer reads (7; 1 for small images).
+and `head_kernel`, the size of the map that the first wide layer reads (7; 1 for small images); `drop_rate` is its own
+word, 0 unless given.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ ARCHITECTURES = tuple(name + suffix for name in STAGES for suffix in ("", "_bn")
 class _WideLayers(nn.Module):
     """Two linear layers over a map, written as convolutions; a smaller map is spread to the kernel's size first."""
 
-    def __init__(self, channels: int, width: int, kernel: int) -> None:
+    def __init__(self, channels: int, width: int, kernel: int, drop_rate: float) -> None:
         super().__init__()
         self.kernel = kernel
         self.fc1 = nn.Conv2d(channels, width, kernel)
-        self.drop = nn.Dropout(0.5)
+        self.drop = nn.Dropout(drop_rate)
         self.fc2 = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,9 +48,9 @@ class _WideLayers(nn.Module):
 class _Classes(nn.Module):
     """The mean over the map, and a linear layer."""
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, drop_rate: float) -> None:
         super().__init__()
-        self.drop = nn.Dropout(0.5)
+        self.drop = nn.Dropout(drop_rate)
         self.fc = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class Vgg(nn.Module):
         channels: Sequence[int] | None = None,
         head_width: int = HEAD_WIDTH,
         head_kernel: int = HEAD_KERNEL,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         stages = STAGES[architecture.removesuffix("_bn")]
@@ -86,8 +88,8 @@ class Vgg(nn.Module):
             taken += count
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.pre_logits = _WideLayers(before, head_width, head_kernel)
-        self.head = _Classes(head_width, num_classes)
+        self.pre_logits = _WideLayers(before, head_width, head_kernel, drop_rate)
+        self.head = _Classes(head_width, num_classes, drop_rate)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[images, channels, height, width] → logits [images, classes]."""

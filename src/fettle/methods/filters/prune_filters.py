@@ -82,6 +82,9 @@ class PruneFilters:
         default=0.5, metadata={"help": "the share of the filters that goes", "minimum": 0, "maximum": 0.999}
     )
     score: ScoreName = field(default="l2", metadata={"help": "what says which filters are missed least"})
+    score_images: int = field(
+        default=512, metadata={"help": "at how many of the images the score looks, drawn once", "minimum": 1}
+    )
     scope: Scope = field(
         default="layer",
         metadata={"help": "the same share of every layer, or the least missed filters of the whole network"},
@@ -172,7 +175,8 @@ class PruneFilters:
             RecipeError, ModelError: see `prune_in_place`.
         """
         healer = self.healing(network, data) if heal is None else heal
-        return prune_in_place(network, example, self.shares(), score=self.score, data=data, heal=healer, told=told)
+        seen = None if data is None else data.drawn(self.score_images)
+        return prune_in_place(network, example, self.shares(), score=self.score, data=seen, heal=healer, told=told)
 
 
 def described(rounds: list[Round]) -> list[dict[str, Any]]:

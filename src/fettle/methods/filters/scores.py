@@ -48,6 +48,14 @@ class ImageBatch:
     images: Tensor
     labels: Tensor | None = None
 
+    def drawn(self, count: int) -> ImageBatch:
+        """`count` of the images, always the same ones; all where there are no more."""
+        if count >= len(self.images):
+            return self
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        picked = order[:count].to(self.images.device)
+        return ImageBatch(self.images[picked], None if self.labels is None else self.labels[picked])
+
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Pieces of at most `size`, in order."""
         for start in range(0, len(self.images), size):
