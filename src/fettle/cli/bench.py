@@ -12,6 +12,7 @@ from fettle.cli.engine_choice import settle_engine
 from fettle.cli.options import Device, Generic, Json, Model, ReportPath
 from fettle.cli.output import console, emit_json, show, size, table
 from fettle.cli.recipe_choice import command_line
+from fettle.engine.native_runner import CacheType
 from fettle.engine.runners import AUTO, ENGINE_NAMES, ENGINES, RunnerOptions
 from fettle.engine.speed import ARITHMETIC, Measured, SpeedOptions, measure_speed, shares, weights_read
 from fettle.errors import UsageError
@@ -73,7 +74,7 @@ def run(
     used = opening.threads
     if cache_bits not in (None, 8):
         raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
-    cache_type = None if cache_bits is None else "int8"
+    cache_type: CacheType | None = None if cache_bits is None else "int8"
     runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=cache_type))
     cache_bytes = runner.shape.page_bytes / runner.shape.page_size
     read_bytes, weights = weights_read(checkpoint, anatomy)

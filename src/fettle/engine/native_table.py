@@ -33,6 +33,7 @@ from fettle.kernels.native import (
     dense_matrix,
     packed_matrix,
     round_inputs,
+    rounding_obstacle,
     runs_as_codes,
 )
 from fettle.kernels.native_sparse import masked_matrix
