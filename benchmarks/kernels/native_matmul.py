@@ -3,8 +3,9 @@
     python benchmarks/kernels/native_matmul.py [--threads 2] [--rows 5632 --columns 2048] [--repeats 5] [--ggml DIR]
 
 For each format: one token (memory is the limit; the weight is read from memory, so many copies of it are gone through
-in turn), and 512 tokens (arithmetic is the limit). The machine's bandwidth and its peak for products of bytes are
-measured between them, in the same run, again and again; shares are medians of each repeat's own ratio. With --ggml,
+in turn), eight tokens over the same copies, and 512 tokens (arithmetic is the limit). The machine's bandwidth and its
+peak for products of bytes are measured between them, in the same run, again and again; shares are medians of each
+repeat's own ratio. With --ggml,
 the folder of llama.cpp's libggml-base.so and libggml-cpu.so, each repeat also times its products in the type named
 beside the format, and ratios are to those.
 """
@@ -41,8 +42,8 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - began
 
 
-def rival(kind: str, options: argparse.Namespace) -> tuple[Any, Any, int] | None:
-    """llama.cpp's products in a type: decode over copies beyond the caches, prefill, and the bytes of the former."""
+def rival(kind: str, options: argparse.Namespace) -> tuple[Any, Any, Any, int] | None:
+    """llama.cpp's products in a type: one and eight tokens over copies beyond the caches, prefill, how many copies."""
     if options.ggml is None or not kind:
         return None
     library = Ggml(options.ggml, options.threads)
@@ -50,9 +51,10 @@ def rival(kind: str, options: argparse.Namespace) -> tuple[Any, Any, int] | None
     nbytes = options.rows * options.columns // block * block_bytes
     copies = max(2, BEYOND_CACHE // nbytes)
     one = library.graph(kind, options.rows, options.columns, copies, 1)
+    eight = library.graph(kind, options.rows, options.columns, copies, 8)
     many = library.graph(kind, options.rows, options.columns, 1, 512)
     library.run(many)
-    return (lambda: library.run(one)), (lambda: library.run(many)), copies
+    return (lambda: library.run(one)), (lambda: library.run(eight)), (lambda: library.run(many)), copies
 
 
 def measure(name: str, grid: Grid, group: int, kind: str, options: argparse.Namespace, pool: Any) -> dict[str, Any]:
@@ -61,22 +63,26 @@ def measure(name: str, grid: Grid, group: int, kind: str, options: argparse.Name
     count = max(2, BEYOND_CACHE // first.nbytes)
     copies = [first, *(random_matrix(rows, columns, grid, group, pool, i) for i in range(1, count))]
     one = np.random.default_rng(1).standard_normal((1, columns)).astype(np.float32)
+    eight = np.random.default_rng(3).standard_normal((8, columns)).astype(np.float32)
     many = np.random.default_rng(2).standard_normal((512, columns)).astype(np.float32)
     other = rival(kind, options)
     found: dict[str, list[float]] = {}
     for _ in range(options.repeats):
         bandwidth, peak = plane().memory_bandwidth(pool, BEYOND_CACHE, 1), plane().integer_peak(pool, 1)
         decode = seconds(lambda: [matrix.multiply(one, pool, True) for matrix in copies]) / count
+        batch = seconds(lambda: [matrix.multiply(eight, pool, True) for matrix in copies]) / count
         prefill = seconds(lambda: first.multiply(many, pool, True))
         figures = {
             "decode_gb_per_second": first.nbytes / decode / 1e9,
             "memory_bandwidth_share": first.nbytes / decode / bandwidth,
+            "eight_tokens_gop_per_second": 2 * rows * columns * 8 / batch / 1e9,
             "prefill_gop_per_second": 2 * rows * columns * 512 / prefill / 1e9,
             "arithmetic_share": 2 * rows * columns * 512 / prefill / peak,
         }
         if other is not None:
-            figures[f"decode_speed_over_{kind}"] = seconds(other[0]) / other[2] / decode
-            figures[f"prefill_speed_over_{kind}"] = seconds(other[1]) / prefill
+            figures[f"decode_speed_over_{kind}"] = seconds(other[0]) / other[3] / decode
+            figures[f"eight_tokens_speed_over_{kind}"] = seconds(other[1]) / other[3] / batch
+            figures[f"prefill_speed_over_{kind}"] = seconds(other[2]) / prefill
         for key, value in figures.items():
             found.setdefault(key, []).append(value)
     middle = {key: round(statistics.median(values), 3) for key, values in found.items()}
@@ -97,7 +103,9 @@ def main() -> None:
         ("uniform 8", uniform(8), 32, "Q8_0"),
         ("uniform 2", uniform(2), 64, "Q2_K"),
         ("ternary", named("ternary"), 256, "TQ2_0"),
-        *((f"uniform {bits}", uniform(bits), 32, "") for bits in (3, 5, 6)),
+        ("uniform 2", uniform(2), 32, "Q2_K"),
+        ("uniform 3", uniform(3), 32, "IQ3_S"),
+        *((f"uniform {bits}", uniform(bits), 32, "") for bits in (5, 6)),
         ("normal float 4", named("normal_float", 4), 32, ""),
     ]
     results = [measure(*each, options, pool) for each in formats]
