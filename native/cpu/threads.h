@@ -24,8 +24,8 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls body(first, last) for pieces of 0 … items-1, at most `grain` at once, on all threads; returns when all are
-  // done. Who takes which piece is chance; a body must write only what its items own.
+  // Calls body(first, last) for pieces of 0 … items-1, whole `grain`s but for the end, on all threads; returns when all
+  // are done. Who takes which piece is chance; a body must write only what its items own.
   template <typename Body>
   void run(int64_t items, int64_t grain, Body&& body) {
     if (items <= 0) return;

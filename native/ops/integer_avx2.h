@@ -20,13 +20,15 @@
 namespace fettle {
 namespace {
 
-constexpr int kFew = 4;  // tokens up to which unpacking again costs less than a panel
+constexpr int kFew = 8;  // tokens up to which unpacking again costs less than a panel
 
 template <int BITS, Units UNITS, bool CENTRED>
 void integer_matmul(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
   if (inputs.tokens <= kFew) {
-    if (weight.cut.block < kChunkColumns) return few_tokens<BITS, UNITS, CENTRED, kHalfSteps>(weight, inputs, span, out, stride);
-    few_tokens<BITS, UNITS, CENTRED, kChunkSteps>(weight, inputs, span, out, stride);
+    if (weight.cut.block < kChunkColumns) return few_tokens<BITS, UNITS, CENTRED, kHalfSteps, false>(weight, inputs, span, out, stride);
+    if (weight.cut.padded_group == kChunkColumns)
+      return few_tokens<BITS, UNITS, CENTRED, kChunkSteps, true>(weight, inputs, span, out, stride);
+    few_tokens<BITS, UNITS, CENTRED, kChunkSteps, false>(weight, inputs, span, out, stride);
   } else {
     many_tokens<BITS, UNITS, CENTRED>(weight, inputs, span, out, stride);
   }

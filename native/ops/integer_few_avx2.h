@@ -9,7 +9,6 @@ namespace fettle {
 namespace {
 
 constexpr int kHalfSteps = kChunkSteps / 2;
-constexpr int kAhead = 2048;  // bytes that are asked for early
 
 // RUN steps (a chunk or half of it) of TILES tiles and TOKENS tokens into dots; `planes` are those of the tiles' chunks,
 // `first` the run's first step in its chunk, `starts` what the sums of each token begin with.
@@ -57,9 +56,10 @@ inline void store_rows(float* to, __m256 values, int count) {
 }
 
 // The tiles `tile` and, of two, `tile` + `last`; TOKENS tokens from `token` on. CENTRED: the zero point is whole and the same everywhere.
-// RUN: steps between two ends of blocks, at most a chunk.
-template <int BITS, Units UNITS, bool CENTRED, int RUN, int TILES, int TOKENS>
-__attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const QuantizedInputs& inputs, int token, int tile, int last,
+// RUN: steps between two ends of blocks, at most a chunk; EACH: every run ends a block and a group. The bytes `ahead` of those that are used are asked for on the
+// way: those of the next tiles, for which the processor's own guess comes too late, since it learns each tile anew.
+template <int BITS, Units UNITS, bool CENTRED, int RUN, bool EACH, int TILES, int TOKENS>
+__attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const QuantizedInputs& inputs, int token, int tile, int last, int64_t ahead,
                                          const int32_t* all_starts, float* out, int64_t stride) {
   constexpr int kRuns = kChunkSteps / RUN;  // of a chunk
   const Cut& cut = weight.cut;
@@ -89,9 +89,9 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
       add_run<BITS, UNITS, CENTRED, RUN, TILES, TOKENS>(planes, part * RUN, codes, padded, table, starts, runs, dots);
       codes += RUN * kStepColumns;
       if constexpr (CENTRED && BITS != 8) ++starts;
-      if (--left != 0) continue;
+      if (!EACH && --left != 0) continue;
       left = block_runs;
-      if (group_left == 0) {
+      if (EACH || group_left == 0) {
         for (int r = 0; r < TILES; ++r) {
           scales[r] = group_scales(weight, tile + r * last, group);
           zeros[r] = CENTRED ? _mm256_setzero_ps() : fast_group_zeros(weight, tile + r * last, group);
@@ -111,9 +111,9 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
       ++input_sums;
     }
     for (int r = 0; r < TILES; ++r) {
-      planes[r] += kChunkColumns * BITS;
       for (int line = 0; line < kChunkColumns * BITS; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(planes[r] + kAhead + line), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(planes[r] + ahead + line), _MM_HINT_T1);
+      planes[r] += kChunkColumns * BITS;
     }
   }
   const __m256 gain = _mm256_set1_ps(weight.gain * weight.unit_size);
@@ -124,27 +124,31 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
     }
 }
 
-// All tiles of the span for TOKENS tokens from `token` on.
-template <int BITS, Units UNITS, bool CENTRED, int RUN, int TOKENS>
-inline void few_span(const CodedMatrix& weight, const QuantizedInputs& inputs, int token, Span span, const int32_t* starts,
-                     float* out, int64_t stride) {
+// The tiles `tile` and `tile` + `last` for all tokens: four at a time, then what is left.
+template <int BITS, Units UNITS, bool CENTRED, int RUN, bool EACH>
+inline void few_tokens_of(const CodedMatrix& weight, const QuantizedInputs& inputs, int tile, int last, int64_t ahead,
+                          const int32_t* starts, float* out, int64_t stride) {
   constexpr int kTiles = RUN == kChunkSteps ? 2 : 1;
-  for (int tile = span.first; tile < span.last; tile += kTiles) {
-    const int last = tile + kTiles <= span.last ? kTiles - 1 : 0;  // the only tile that is left takes both places
-    few_tiles<BITS, UNITS, CENTRED, RUN, kTiles, TOKENS>(weight, inputs, token, tile, last, starts, out, stride);
-  }
-}
-
-template <int BITS, Units UNITS, bool CENTRED, int RUN>
-void few_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
-  int32_t* starts = CENTRED && BITS != 8 ? run_starts<RUN>(inputs, weight.cut, weight.zero) : nullptr;
   int token = 0;
   for (; token + 4 <= inputs.tokens; token += 4)
-    few_span<BITS, UNITS, CENTRED, RUN, 4>(weight, inputs, token, span, starts, out, stride);
+    few_tiles<BITS, UNITS, CENTRED, RUN, EACH, kTiles, 4>(weight, inputs, token, tile, last, ahead, starts, out, stride);
   if constexpr (RUN == kChunkSteps)
     for (; token + 2 <= inputs.tokens; token += 2)
-      few_span<BITS, UNITS, CENTRED, RUN, 2>(weight, inputs, token, span, starts, out, stride);
-  for (; token < inputs.tokens; ++token) few_span<BITS, UNITS, CENTRED, RUN, 1>(weight, inputs, token, span, starts, out, stride);
+      few_tiles<BITS, UNITS, CENTRED, RUN, EACH, kTiles, 2>(weight, inputs, token, tile, last, ahead, starts, out, stride);
+  for (; token < inputs.tokens; ++token)
+    few_tiles<BITS, UNITS, CENTRED, RUN, EACH, kTiles, 1>(weight, inputs, token, tile, last, ahead, starts, out, stride);
+}
+
+template <int BITS, Units UNITS, bool CENTRED, int RUN, bool EACH>
+void few_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
+  constexpr int kTiles = RUN == kChunkSteps ? 2 : 1;
+  int32_t* starts = CENTRED && BITS != 8 ? run_starts<RUN>(inputs, weight.cut, weight.zero) : nullptr;
+  const int64_t tiles_bytes = kTiles * static_cast<int64_t>(weight.cut.chunks) * kChunkColumns * BITS;
+  for (int tile = span.first; tile < span.last; tile += kTiles) {
+    const int last = tile + kTiles <= span.last ? kTiles - 1 : 0;  // the only tile that is left takes both places
+    const int64_t ahead = tile + 2 * kTiles <= span.last ? tiles_bytes : 0;
+    few_tokens_of<BITS, UNITS, CENTRED, RUN, EACH>(weight, inputs, tile, last, ahead, starts, out, stride);
+  }
   delete[] starts;
 }
 

@@ -93,9 +93,7 @@ void multiply_span(const Product& product, const Inputs& inputs, const Quantized
   kernels.dense(*matrix.dense(), values, tokens, span, product.out, product.stride);
 }
 
-// Tiles that a thread takes at once: an even number, since kernels take two; few, since the last thread lets the others
-// wait, and enough that what a call prepares for its tokens does not count.
-int64_t grain_of(int64_t tiles, int threads) { return std::clamp<int64_t>(tiles / (threads * 16) / 2 * 2, 2, 16); }
+constexpr int64_t kGrain = 4;  // tiles that a thread takes at the least; kernels take two at once
 
 }  // namespace
 
@@ -124,7 +122,7 @@ void multiply(const std::vector<Product>& products, Inputs& inputs, bool integer
       if (!same) break;
       tiles += products[last].matrix->tiles();
     }
-    pool.run(tiles, grain_of(tiles, pool.threads()), [&](int64_t first, int64_t end) {
+    pool.run(tiles, kGrain, [&](int64_t first, int64_t end) {
       int64_t start = 0;  // of the product among all tiles
       for (size_t i = done; i < last; ++i) {
         const int64_t own = products[i].matrix->tiles();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fettle.cli.main import main
 from fettle.engine.engine import Engine
 from fettle.engine.native_runner import NativeRunner
-from fettle.engine.runners import RunnerOptions, open_engine, open_native_runner
+from fettle.engine.runners import RunnerOptions, choose_engine, open_engine, open_native_runner
 from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.sequence import Request
 from fettle.engine.speculative import PromptLookup
@@ -52,3 +53,21 @@ def test_what_it_does_not_run_is_refused() -> None:
         open_native_runner(Path(), RunnerOptions(device="cuda"))
     with pytest.raises(UsageError, match="--generic"):
         open_native_runner(Path(), RunnerOptions(generic=True))
+
+
+def test_auto_takes_it_where_it_can_and_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo, options = demo_folder(), RunnerOptions()
+    assert choose_engine("auto", demo, options) == ("native", None)
+    assert choose_engine("torch", demo, options) == ("torch", None)
+    chosen, reason = choose_engine("auto", demo, RunnerOptions(generic=True))
+    assert (chosen, reason) == ("torch", "the native engine does not run with --generic")
+    with pytest.raises(UsageError, match="auto"):
+        choose_engine("naitve", demo, options)
+    monkeypatch.setitem(sys.modules, "fettle._native", None)
+    monkeypatch.delattr("fettle._native", raising=False)
+    chosen, reason = choose_engine("auto", demo, options)
+    assert chosen == "torch" and reason is not None and "not built" in reason
+    assert main(["generate", "demo", "--prompt", "def", "--max-tokens", "2"]) == 0
+    assert "--engine torch runs this: the native data plane is not built" in capsys.readouterr().err

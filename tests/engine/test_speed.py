@@ -34,6 +34,7 @@ def test_shares_are_of_medians() -> None:
     }
     assert shares(found, 100, 1000) == {"memory_bandwidth_share": 0.5, "arithmetic_share": 0.2}
     assert shares({**found, "decode_tokens_per_second": {4: of(1.0)}}, 100, 1000)["memory_bandwidth_share"] is None
+    assert shares({**found, "integer_operations_per_second": of(2e6)}, 100, 1000)["arithmetic_share"] == 0.1
     assert of(10.0, 20.0, 60.0) == Measured(median=20.0, spread=2.5)
 
 

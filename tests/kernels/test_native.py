@@ -11,10 +11,12 @@ import torch
 from tests.tensors.test_scheme import random_quantized
 from torch import Tensor
 
+from fettle.errors import CheckpointError
 from fettle.kernels import native
 from fettle.tensors import Scheme, SparseScheme, uniform
 from fettle.tensors.grid import Grid
 from fettle.tensors.levels import named
+from fettle.tensors.packed import PackedTensor, can_stay_packed
 from fettle.tensors.quantized import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason="the native data plane is not built")
@@ -155,6 +157,32 @@ def test_values_are_multiplied_as_they_are(dtype: torch.dtype, pool: Any) -> Non
             outputs = torch.from_numpy(matrix.multiply(inputs.numpy(), pool, True, name))
             torch.testing.assert_close(outputs, inputs @ values.float().T, rtol=1e-5, atol=1e-4)
             assert np.array_equal(matrix.row(shape[0] - 1, name)[0], values[-1].float().numpy())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 96)], ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.name}{grid.bits}")
+def test_packed_codes_give_what_unpacked_ones_give(grid: Grid, shape: tuple[int, int], pool: Any) -> None:
+    inputs = torch.randn(3, shape[1]).numpy()
+    for group, scale in ((32, "float16"), (24, "float32"), (5, "bfloat16"), (None, "float32")):
+        scheme = scheme_of(grid, group, grid.is_uniform and group == 24, scale)
+        if not can_stay_packed(scheme, "pack-quantized") or not native.runs_as_codes(scheme):
+            assert grid.is_learned or grid.bits > 4
+            continue
+        weight = random_quantized(scheme, shape)
+        packed = PackedTensor.from_state(weight.to_state(), scheme)
+        for integer in (True, False):
+            expected = native.coded_matrix(weight, pool).multiply(inputs, pool, integer)
+            assert np.array_equal(native.packed_matrix(packed, pool).multiply(inputs, pool, integer), expected)
+        some = native.packed_matrix(packed.rows(slice(0, 1)), pool).multiply(inputs, pool, True)
+        assert np.array_equal(some, native.coded_matrix(weight, pool).multiply(inputs, pool, True)[:, :1])
+
+
+def test_a_code_without_a_level_is_damage(pool: Any) -> None:
+    weight = random_quantized(scheme_of(named("ternary"), 32), (9, 64))
+    state = weight.to_state()
+    state["weight_packed"][8, 3] = -1  # codes of 3, and ternary has three levels
+    with pytest.raises(CheckpointError, match="a code is 3, and there are 3 levels"):
+        native.packed_matrix(PackedTensor.from_state(state, weight.scheme), pool)
 
 
 def test_a_remainder_is_part_of_the_values(pool: Any) -> None:
