@@ -1,4 +1,4 @@
-"""Pruned weights on the native plane: the values that stayed, at odd sizes, in every layout that skips, and when it does."""
+"""Pruned weights on the native plane: what stayed, at odd sizes, in every layout that skips, and when it does."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def test_whole_units_are_summed_exactly(grid: Grid, pool: Any) -> None:
         inputs = torch.randn(5, 384).numpy()
         for name in kernels():
             found = torch.from_numpy(sparse.multiply(inputs, pool, True, name))
-            torch.testing.assert_close(found, torch.from_numpy(dense.multiply(inputs, pool, True, name)), rtol=2e-5, atol=2e-4)
+            torch.testing.assert_close(
+                found, torch.from_numpy(dense.multiply(inputs, pool, True, name)), rtol=2e-5, atol=2e-4
+            )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -152,7 +154,12 @@ def test_what_has_no_sparse_kernel_stays_codes(pool: Any) -> None:
 
 
 def test_what_is_read_is_the_smaller(pool: Any) -> None:
-    for grid, group, pays in ((uniform(4), 128, 0.9), (uniform(8), 128, 0.75), (None, None, 0.5), (uniform(2), 128, 0.9)):
+    for grid, group, pays in (
+        (uniform(4), 128, 0.9),
+        (uniform(8), 128, 0.75),
+        (None, None, 0.5),
+        (uniform(2), 128, 0.9),
+    ):
         dtype = "bfloat16" if grid is None else "float16"
         for sparsity in (0.1, 0.9):
             weight = pruned(grid, (64, 1024), sparsity, group, dtype)

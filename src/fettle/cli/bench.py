@@ -27,7 +27,9 @@ Prompt = Annotated[int | None, typer.Option(metavar="N", help="Tokens of the pro
 New = Annotated[int, typer.Option(metavar="N", help="Tokens that every sequence decodes.", min=2)]
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="How many sequences decode at the same time.")]
 Repetitions = Annotated[int, typer.Option(metavar="N", help="How often everything is measured.", min=1)]
-CacheBits = Annotated[int | None, typer.Option(metavar="8", help="Keep keys and values in 8 bits; of the native engine.")]
+CacheBits = Annotated[
+    int | None, typer.Option(metavar="8", help="Keep keys and values in 8 bits; of the native engine.")
+]
 DEFAULTS = SpeedOptions()
 
 

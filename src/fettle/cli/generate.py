@@ -40,7 +40,10 @@ Draft = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses tokens; lookup: the text itself.")
 ]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="How many threads compute.", min=1)]
-CacheBits = Annotated[int | None, typer.Option(metavar="N", help="Keep old keys and values in 8, 4 or 2 bits; with --engine native all in 8.")]
+CacheBits = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Keep old keys and values in 8, 4 or 2 bits; with --engine native all in 8."),
+]
 CHAT_TOKENS = 8192  # what the cache of a conversation holds, if the model's context is no shorter
 
 
@@ -87,13 +90,18 @@ def run(
     )
     if scheme is not None and engine == "native":
         if cache_bits != 8:
-            raise UsageError(f"--cache-bits {cache_bits} goes with --engine torch; the native engine has codes of 8 bits")
+            raise UsageError(
+                f"--cache-bits {cache_bits} goes with --engine torch; the native engine has codes of 8 bits"
+            )
         options, scheme = dataclasses.replace(options, cache_type="int8"), None
     if scheme is None:
         opened = open_engine(model, engine=engine, runner=options, scheduler=_alone(), draft=draft)
     else:
         if draft is not None or engine != "torch":
-            raise UsageError("--cache-bits goes with --engine torch and without --draft (such a cache forgets nothing), or is 8 with --engine native")
+            raise UsageError(
+                "--cache-bits goes with --engine torch and without --draft (such a cache forgets nothing), or is 8 with "
+                "--engine native"
+            )
         opened = _coded(model, scheme, options, vocabulary, len(ids))
     if asked is None:
         _talk(opened, vocabulary, wanted)

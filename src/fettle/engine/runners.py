@@ -72,7 +72,9 @@ Opener = Callable[[Path, RunnerOptions], Runner]  # the folder of a checkpoint â
 def open_torch_runner(folder: Path, options: RunnerOptions) -> Runner:
     """The reference runner."""
     if options.cache_type is not None:
-        raise UsageError(f"cache_type {options.cache_type} is the native engine's; use --engine native, or leave it out")
+        raise UsageError(
+            f"cache_type {options.cache_type} is the native engine's; use --engine native, or leave it out"
+        )
     pages = options.pages(context_length(Checkpoint.open(folder).config))
     loaded = load(folder, device=options.device, generic=options.generic)
     return TorchRunner(loaded, pages=pages, page_size=options.page_size, threads=options.threads)

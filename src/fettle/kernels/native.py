@@ -14,8 +14,8 @@ What becomes codes: grids of equal steps of any width, and grids of at most 16 l
 that the reference rounds them to): dense weights, learned tables, wider grids of unequal levels, 16-bit scales
 under a tensor scale, and weights with a remainder, in float32.
 
-Where a checkpoint quantizes inputs itself (W8A8), its codes are what a product reads, as values in float32 and rounded as
-the reference rounds them; nothing is rounded twice.
+Where a checkpoint quantizes inputs itself (W8A8), its codes are what a product reads, as values in float32 and rounded
+as the reference rounds them; nothing is rounded twice.
 
 The module is compiled when fettle is installed. Without a compiler it is missing, `missing()` says so, and everything
 runs through the torch reference.
@@ -118,8 +118,8 @@ def round_inputs(matrix: Matrix, activations: Activations, fixed: InputScale | N
     """
     if activations.dynamic and activations.granularity == "tensor":
         raise UsageError(
-            f"{activations.describe()}, found on the spot, makes a token depend on those beside it in a batch, which the "
-            "native engine does not do; use --engine torch, or compress with activation_granularity: token"
+            f"{activations.describe()}, found on the spot, makes a token depend on those beside it in a batch, which "
+            "the native engine does not do; use --engine torch, or compress with activation_granularity: token"
         )
     kind = "e4m3" if activations.grid == "float" else "asymmetric" if activations.zero_point else "symmetric"
     scale = 0.0 if fixed is None else float(fixed.scale)
