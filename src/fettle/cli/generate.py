@@ -99,8 +99,8 @@ def run(
     else:
         if draft is not None or engine != "torch":
             raise UsageError(
-                "--cache-bits goes with --engine torch and without --draft (such a cache forgets nothing), or is 8 with "
-                "--engine native"
+                "--cache-bits goes with --engine torch and without --draft (such a cache forgets nothing), or is 8 "
+                "with --engine native"
             )
         opened = _coded(model, scheme, options, vocabulary, len(ids))
     if asked is None:
