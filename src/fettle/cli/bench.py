@@ -69,16 +69,7 @@ def run(
     if report is not None:
         require_writable(report)
     used = threads or available_threads()
-    if cache_bits not in (None, 8):
-        raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
-    opening = RunnerOptions(
-        cache_tokens=options.cache_tokens,
-        threads=used,
-        device=device,
-        generic=generic,
-        cache_type=None if cache_bits is None else "int8",
-    )
-    runner = ENGINES[engine](folder, opening)
+    runner = ENGINES[engine](folder, _opening(options, used, device, generic, cache_bits))
     cache_bytes = runner.shape.page_bytes / runner.shape.page_size
     read_bytes, weights = weights_read(checkpoint, anatomy)
     found = measure_speed(runner, options, threads=used)
@@ -107,6 +98,18 @@ def run(
     _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, (read_bytes, cache_bytes))
     if report is not None:
         print(f"Report: {report}")
+
+
+def _opening(options: SpeedOptions, threads: int, device: str, generic: bool, cache_bits: int | None) -> RunnerOptions:
+    if cache_bits not in (None, 8):
+        raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
+    return RunnerOptions(
+        cache_tokens=options.cache_tokens,
+        threads=threads,
+        device=device,
+        generic=generic,
+        cache_type=None if cache_bits is None else "int8",
+    )
 
 
 def _batches(text: str) -> tuple[int, ...]:
