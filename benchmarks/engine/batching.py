@@ -1,6 +1,6 @@
 """Continuous against static batching, and paged against contiguous reservation, on a load of mixed lengths.
 
-python benchmarks/engine/batching.py [MODEL] [--requests 48] [--sequences 8] [--repetitions 3]
+python benchmarks/engine/batching.py [MODEL] [--requests 48] [--sequences 8] [--repetitions 3] [--engine torch]
 
 Both engines get the same requests in the same order and the same number of sequences at once. Static batching takes
 them in groups and starts the next group when the longest of one is done; continuous batching fills every place as it
@@ -72,12 +72,15 @@ def most_held(cache_tokens: int, context: int, page_size: int, requests: list[Re
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--engine", default="torch")
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=3)
     asked = parser.parse_args()
     options = SchedulerOptions(max_sequences=asked.sequences, max_step_tokens=256, reuse_prefixes=False)
-    engine = fettle.open_engine(asked.model, runner=RunnerOptions(cache_tokens=8192), scheduler=options)
+    engine = fettle.open_engine(
+        asked.model, engine=asked.engine, runner=RunnerOptions(cache_tokens=8192), scheduler=options
+    )
     vocabulary, context = engine.runner.shape.vocab_size, engine.runner.shape.context_length or 2048
     requests = load(asked.requests, vocabulary)
     times: dict[str, list[float]] = {"continuous": [], "static": []}
@@ -95,6 +98,7 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "engine/batching",
+                "engine": asked.engine,
                 "model": asked.model,
                 "requests": asked.requests,
                 "sequences": asked.sequences,

@@ -3,8 +3,8 @@
     python benchmarks/kernels/sparse_matmul.py [--threads 2] [--repeats 5] [--blocks 6] [--formats uniform4 bfloat16 …]
 
 All matrices of a block in the shape of TinyLlama-1.1B with a random mask, `--blocks` of them so that no cache holds
-them, one token. Dense and sparse take turns in each repeat; a ratio is the median of the repeats' own. `pays_from` is the
-smallest sparsity measured from which on skipping is faster, `chosen_from` from which on the runner takes it.
+them, one token. Dense and sparse take turns in each repeat; a ratio is the median of the repeats' own. `pays_from` is
+the smallest sparsity measured from which on skipping is faster, `chosen_from` from which on the runner takes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fettle.kernels.native import NUMBERS, as_numpy, plane
-from fettle.kernels.native_sparse import MARGIN
+from fettle.kernels.native_sparse import margin
 from fettle.tensors.grid import Grid, uniform
 from fettle.tensors.levels import named
 
@@ -98,13 +98,14 @@ def measure(name: str, options: argparse.Namespace, pool: Any) -> dict[str, Any]
             "bytes_of_dense": round(sparse_bytes / dense_bytes, 3),
             "dense_bandwidth_share": round(statistics.median(r / b for r, b in zip(rates, bandwidths, strict=True)), 3),
         })  # fmt: skip
+    bits = grid.bits if (grid := FORMATS[name][0]) is not None else 16
     return {
         "format": name,
         "group_size": FORMATS[name][1] or None,
         "dense_bits_per_weight": round(8 * dense_bytes / weights, 3),
         "by_sparsity": rows,
         "pays_from": first(rows, lambda row: row["decode_speed_over_dense"] > 1),
-        "chosen_from": first(rows, lambda row: row["bytes_of_dense"] < MARGIN),
+        "chosen_from": first(rows, lambda row: row["bytes_of_dense"] < margin(bits)),
     }
 
 

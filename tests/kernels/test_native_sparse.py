@@ -1,4 +1,4 @@
-"""Pruned weights on the native plane: the values that stayed, at odd sizes, in every layout that skips, and when it does."""
+"""Pruned weights on the native plane: what stayed, at odd sizes, in every layout that skips, and when it does."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "mask, 4 bits, narrow groups": {"method": "magnitude", "sparsity": 0.5, "bits": 4, "group_size": 16},
     "int8 a token": {"method": "round_to_nearest", "bits": 8, "granularity": "channel", "activations": "dynamic"},
     "int8 a token, zero point": {
-        "method": "round_to_nearest", "bits": 4, "group_size": 16, "activations": "dynamic", "activation_asymmetric": True,
+        "method": "round_to_nearest", "bits": 4, "group_size": 16, "activations": "dynamic",
+        "activation_asymmetric": True,
     },
     "e4m3 a token": {
         "method": "round_to_nearest", "bits": 8, "granularity": "channel", "activations": "dynamic",

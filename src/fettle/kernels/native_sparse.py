@@ -5,8 +5,8 @@
 
 An entry says how far it is from the last one of its row, so there is no bit a weight that was pruned; rows of a tile
 wait for the fullest (native/formats/sparse.h has the layout), which at random masks costs half as much again at 75%. So
-four bits gain from about 70% on, eight from 50%, 16-bit numbers from 40%, and two bits never; what is smaller in the
-kernels' layout by `MARGIN` is what runs. `benchmarks/kernels/sparse_matmul.py` measures where that is.
+four bits were faster from 75% on (1.2 times; 1.8 at 90%), eight bits from 50% on (1.6). What runs is what is smaller in
+the kernels' layout by `margin`; `benchmarks/kernels/sparse_matmul.py` measures where that is.
 
 Codes with zero points, without a level of zero, learned, or in groups of at most 16 have no sparse kernel. They become
 dense codes whose pruned ones stand for zero; only where a grid cannot say zero, or levels are learned, dense numbers.
@@ -31,15 +31,26 @@ from fettle.tensors.quantized import QuantizedTensor
 if TYPE_CHECKING:
     from fettle._native import Matrix, Pool
 
-MARGIN = 0.9  # of the dense layout's bytes, above which skipping is not worth its arithmetic
 NARROWEST_GROUP = 17  # columns that share a scale: narrower groups fill no window
+
+
+def margin(weight_bits: int) -> float:
+    """The share of the dense layout's bytes above which skipping is not worth its arithmetic.
+
+    The dense kernel of up to 4 bits is fast enough to wait for memory; wider ones take longer than skipping does.
+    """
+    return 0.75 if weight_bits <= 4 else 0.95
 
 
 def masked_matrix(weight: MaskedTensor, pool: Pool, rows: Sequence[int] | slice | None = None) -> Matrix:
     """A pruned weight [out, in], or some of its rows, as the matrix that is read fastest."""
     sparse = sparse_matrix(weight, pool, rows)
     dense_bytes = _dense_bytes(weight, len(weight.kept) if rows is None else len(weight.kept[rows]))
-    return sparse if sparse is not None and sparse.nbytes < MARGIN * dense_bytes else dense_twin(weight, pool, rows)
+    return (
+        sparse
+        if sparse is not None and sparse.nbytes < margin(_bits(weight)) * dense_bytes
+        else dense_twin(weight, pool, rows)
+    )
 
 
 def sparse_matrix(weight: MaskedTensor, pool: Pool, rows: Sequence[int] | slice | None = None) -> Matrix | None:
@@ -108,11 +119,16 @@ def _codes(weight: QuantizedTensor, kept: Tensor, rows: Sequence[int] | slice | 
     )
 
 
+def _bits(weight: MaskedTensor) -> int:
+    codes = weight.values
+    return 8 * codes.element_size() if isinstance(codes, Tensor) else codes.scheme.grid.bits
+
+
 def _dense_bytes(weight: MaskedTensor, rows: int) -> int:
     """Of the dense layout, about: without the padding of groups and tiles."""
     columns = weight.shape[1]
     if isinstance(weight.values, Tensor):
-        return rows * columns * weight.values.element_size()
+        return rows * columns * _bits(weight) // 8
     codes = weight.values
     shared = codes.scale.element_size() * rows * codes.scheme.group_count(columns)
     return rows * columns * codes.scheme.grid.bits // 8 + shared
