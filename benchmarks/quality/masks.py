@@ -26,10 +26,14 @@ SPREADS = ("global", "outliers", "sensitivity")
 CODES = {"bits": 4, "group_size": 32, "asymmetric": True}
 CASES: dict[str, dict[str, Any]] = {
     **{f"{name} 50%": {"method": name} for name in SCORES},
-    "wanda 50%, whole layers": {"method": "wanda", "pattern": "layer"},
+    "wanda 50%, by row": {"method": "wanda", "pattern": "row"},
     "sparsegpt 50%, as in the paper": {"method": "sparsegpt", "heal": "none", "correction": 0.0},
     "wanda 50%, healed in 8 rounds": {"method": "wanda", "heal": "least_squares", "rounds": 8},
     **{f"{name} 2:4": {"method": name, "pattern": "2:4"} for name in SCORES[:3]},
+    **{
+        f"sparsegpt {name}, tuned {steps} steps": {"method": "sparsegpt", "tune_steps": steps, **pattern}
+        for name, pattern in (("50%", {}), ("2:4", {"pattern": "2:4"})) for steps in (100, 200)
+    },
     **{f"magnitude 50%, {how}": {"method": "magnitude", "allocation": how} for how in SPREADS},
     "sparsegpt 50%, sensitivity": {"method": "sparsegpt", "allocation": "sensitivity"},
     "sparsegpt 2:4 and 4 bits": {"method": "sparsegpt", "pattern": "2:4", **CODES},

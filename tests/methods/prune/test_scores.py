@@ -17,10 +17,15 @@ WEIGHT = torch.tensor([[1.0, -2.0, 3.0, 4.0], [4.0, 3.0, 2.0, -1.0]])
     ("name", "fields", "statistics", "kept"),
     [
         ("magnitude", {}, {}, [[0, 0, 1, 1], [1, 1, 0, 0]]),
-        ("wanda", {}, {"squared_norm": torch.tensor([100.0, 1.0, 1.0, 0.01])}, [[1, 0, 1, 0], [1, 1, 0, 0]]),
         (
             "wanda",
-            {"pattern": "layer"},
+            {"pattern": "row"},
+            {"squared_norm": torch.tensor([100.0, 1.0, 1.0, 0.01])},
+            [[1, 0, 1, 0], [1, 1, 0, 0]],
+        ),
+        (
+            "wanda",
+            {},
             {"squared_norm": torch.tensor([1.0, 1.0, 0.0, 0.0])},
             [[1, 1, 0, 0], [1, 1, 0, 0]],
         ),

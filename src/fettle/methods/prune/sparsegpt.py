@@ -16,6 +16,8 @@ ones to make up for what goes, the mask comes from `rounds` of that instead of f
 the least w² / [H⁻¹]_jj go, among all columns, and what stays is healed. N:M keeps the sweep's mask, which measured no
 worse. `heal: none` is the paper; `rounds: 1` heals behind the sweep.
 
+`tune_steps` move what stayed of a whole block afterwards, by the gradient of its outputs (`kept_values.py`).
+
 With `bits` a sweep that rounds follows from the healed weights, the mask held. Nothing is lost by that: at the optimum
 h the error has no slope along what stayed, so tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant.
 
@@ -33,8 +35,10 @@ import torch
 from torch import Tensor
 
 from fettle.errors import NonFiniteError, RecipeError
+from fettle.methods.protocols import Tuner
 from fettle.methods.prune.fields import Healing, PruneFields
 from fettle.methods.prune.healing import STEPS, least_squares
+from fettle.methods.prune.kept_values import KeptValuesTuner
 from fettle.methods.prune.pruning import check_weight, stored
 from fettle.methods.prune.schedule import prune_in_rounds, sparsities
 from fettle.methods.prune.selection import KnownMask, TilePruner, kept_by_score, on_the_way
@@ -101,6 +105,26 @@ class SparseGpt(PruneFields):
             "maximum": 1.0,
         },
     )
+
+    tune_steps: int = field(
+        default=0,
+        metadata={"help": "gradient steps a block that move what stays; 0 for none", "minimum": 0, "maximum": 100_000},
+    )
+    tune_windows: int = field(default=8, metadata={"help": "windows a step of these", "minimum": 1})
+    tune_rate: float = field(
+        default=0.25,
+        metadata={
+            "help": "how far what stays can travel, in its root mean square",
+            "minimum": 0.0,
+            "maximum": 16.0,
+        },
+    )
+
+    def tuner(self) -> Tuner[MaskedTensor] | None:
+        """What moves the values that stayed of a whole block; None for no steps."""
+        if not self.tune_steps:
+            return None
+        return KeptValuesTuner(steps=self.tune_steps, batch_windows=self.tune_windows, rate=self.tune_rate)
 
     def validate(self) -> None:
         """Checks that the fields fit together.

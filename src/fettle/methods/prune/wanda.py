@@ -4,8 +4,10 @@ Sun, Liu, Bair, Kolter 2023, https://arxiv.org/abs/2306.11695, equation 1, squar
 
     score = w_ij² · Σ_t x_tj²
 
-It is what losing one weight alone costs the row's output, so the comparison is within a row (the paper's finding, and
-the default here). What it leaves out is that the weights that stay could make up for it: SparseGPT.
+It is what losing one weight alone costs the row's output. The paper compares within a row (`pattern: row`), which is
+better on some models and worse than plain magnitude on others; compared over the whole layer, the default here, it
+beats magnitude on both models that were measured (docs/results.md, "Masks"). What it leaves out is that the weights
+that stay could make up for it: SparseGPT.
 
 Cost: out · in, and one pass for the inputs' squares.
 """
@@ -13,12 +15,12 @@ Cost: out · in, and one pass for the inputs' squares.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from fettle.methods.prune.fields import PATTERN_HELP, PruneFields
+from fettle.methods.prune.fields import PruneFields
 from fettle.methods.prune.pruning import prune_by
 from fettle.tensors.masked import MaskedTensor
 
@@ -32,11 +34,6 @@ class Wanda(PruneFields):
     source: ClassVar[str] = "Sun et al. 2023, https://arxiv.org/abs/2306.11695"
     statistics: ClassVar[tuple[str, ...]] = ("squared_norm", "gram")
     objective: ClassVar[str] = "output_error"
-
-    pattern: str = field(
-        default="row",
-        metadata={"help": PATTERN_HELP},
-    )
 
     def needs(self) -> tuple[str, ...]:
         """The inputs' squares; the gram where it heals."""
