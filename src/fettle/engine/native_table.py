@@ -46,7 +46,7 @@ from fettle.models.rotary import Rotary, read_rotary
 from fettle.models.shared_tensors import is_part
 from fettle.models.storage import StoredScheme, read_packed, read_quantized, stored_schemes
 from fettle.tensors.masked import MaskedTensor
-from fettle.tensors.packing import can_stay_packed
+from fettle.tensors.packed import can_stay_packed
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.weights import CompressedWeight
