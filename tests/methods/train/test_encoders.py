@@ -80,6 +80,7 @@ def test_other_signals_of_encoders_run_and_resume(tiny_bert: Path, text_file: Pa
     assert run(tiny_bert, text_file, tmp_path / "out", **how) == looks  # from the checkpoint of the last step
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_loses_weights_while_it_learns_and_is_measured(
     tiny_bert: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -104,8 +104,12 @@ def test_regrowth_exchanges_the_smallest_for_the_steepest(by_row: bool) -> None:
         assert {(r, c) for r in rows for c in range(10) if found[r, c] and not mask[r, c]} == grown
 
 
+OTHERS = [{"score": "movement"}, {"growth": "one_shot", "regrow": 0.3}]
+
+
 @pytest.mark.parametrize(
-    "fields", [{"score": "movement"}, {"score": "taylor", "pattern": "2:4"}, {"growth": "one_shot", "regrow": 0.3}]
+    "fields",
+    [{"score": "taylor", "pattern": "2:4"}, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in OTHERS)],
 )
 def test_what_is_written_is_as_sparse_as_asked_and_stored_with_a_mask(
     fields: dict[str, Any], tiny_llama: Path, trained: Trained
