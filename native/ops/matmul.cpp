@@ -103,7 +103,7 @@ void multiply(const std::vector<Product>& products, Inputs& inputs, bool integer
     const Matrix& own = *products[done].matrix;
     if (own.rounding().kind != InputRounding::Kind::none) {
       Inputs& rounded = inputs.rounded(own.rounding(), own.columns(), pool);
-      pool.run(own.tiles(), grain_of(own.tiles(), pool.threads()), [&](int64_t first, int64_t end) {
+      pool.run(own.tiles(), kGrain, [&](int64_t first, int64_t end) {
         multiply_span(products[done], rounded, nullptr, Span{static_cast<int>(first), static_cast<int>(end)}, kernels);
       });
       ++done;
