@@ -50,6 +50,45 @@ inline void find_offsets(const QuantizedInputs& inputs, int blocks, float offset
   }
 }
 
+// Chunk → codes of 8 steps, in registers. AT: where the plane's bits belong in a code.
+template <int BITS>
+inline void unpack_registers(const uint8_t* planes, __m256i codes[kChunkSteps]) {
+  if constexpr (BITS == 8) {
+    for (int i = 0; i < kChunkSteps; ++i) codes[i] = load_bytes(planes + i * kStepBytes);
+    return;
+  }
+  constexpr int kSecond = BITS & 4 ? 4 : 0, kThird = (BITS & 4) + (BITS & 2);
+  if constexpr ((BITS & 4) != 0) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int h = 0; h < 4; ++h, planes += kStepBytes) {
+      const __m256i both = load_bytes(planes);
+      codes[2 * h] = _mm256_and_si256(both, mask);
+      codes[2 * h + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+    }
+  }
+  if constexpr ((BITS & 2) != 0) {
+    const __m256i mask = _mm256_set1_epi8(3 << kSecond);
+    for (int q = 0; q < 2; ++q, planes += kStepBytes) {
+      const __m256i four = load_bytes(planes);
+      for (int i = 0; i < 4; ++i) {
+        const int right = 2 * i - kSecond;
+        const __m256i moved = right >= 0 ? _mm256_srli_epi16(four, right) : _mm256_slli_epi16(four, -right);
+        const __m256i part = _mm256_and_si256(moved, mask);
+        codes[4 * q + i] = kSecond ? _mm256_or_si256(codes[4 * q + i], part) : part;
+      }
+    }
+  }
+  if constexpr ((BITS & 1) != 0) {
+    const __m256i mask = _mm256_set1_epi8(1 << kThird), eight = load_bytes(planes);
+    for (int i = 0; i < kChunkSteps; ++i) {
+      const int right = i - kThird;
+      const __m256i moved = right >= 0 ? _mm256_srli_epi16(eight, right) : _mm256_slli_epi16(eight, -right);
+      const __m256i part = _mm256_and_si256(moved, mask);
+      codes[i] = kThird ? _mm256_or_si256(codes[i], part) : part;
+    }
+  }
+}
+
 // Chunk → units of 8 steps, unsigned bytes.
 template <int BITS, bool LOOKUP>
 inline void unpack_units(const uint8_t* planes, __m256i table, __m256i units[kChunkSteps]) {
@@ -58,10 +97,6 @@ inline void unpack_units(const uint8_t* planes, __m256i table, __m256i units[kCh
     if constexpr (LOOKUP) units[i] = _mm256_shuffle_epi8(table, units[i]);
     if constexpr (BITS == 8) units[i] = _mm256_xor_si256(units[i], _mm256_set1_epi8(-128));
   }
-}
-
-inline __m256i unit_table(const CodedMatrix& weight) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.units)));
 }
 
 // ---- a few tokens
