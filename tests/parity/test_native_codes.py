@@ -140,4 +140,4 @@ def test_the_flag_is_the_native_engines(capsys: pytest.CaptureFixture[str]) -> N
     assert main([*command, "--engine", "native", "--cache-bits", "4"]) != 0
     assert "codes of 8 bits" in capsys.readouterr().err
     with pytest.raises(UsageError, match="native engine's"):
-        open_engine("demo", runner=RunnerOptions(cache_type="int8"))
+        open_engine("demo", engine="torch", runner=RunnerOptions(cache_type="int8"))

@@ -89,10 +89,10 @@ def test_a_chain_stopped_in_its_last_stage_gives_the_same_bytes(
     fettle.train(tiny_llama, tmp_path / "whole", made, evaluate=False)
     run = training.run
 
-    def stop(objective: Any, text: Any, fields: Any, folder: Path, progress: Any) -> Any:
+    def stop(objective: Any, text: Any, fields: Any, folder: Path, progress: Any, mix: Any = None) -> Any:
         if "qat" in folder.name:
             raise InterruptedRunError("stopped here")
-        return run(objective, text, fields, folder, progress)
+        return run(objective, text, fields, folder, progress, mix)
 
     monkeypatch.setattr(training, "run", stop)
     with pytest.raises(InterruptedRunError):

@@ -72,10 +72,7 @@ def run(
     if report is not None:
         require_writable(report)
     used = opening.threads
-    if cache_bits not in (None, 8):
-        raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
-    cache_type: CacheType | None = None if cache_bits is None else "int8"
-    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=cache_type))
+    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=_codes(cache_bits)))
     cache_bytes = runner.shape.page_bytes / runner.shape.page_size
     read_bytes, weights = weights_read(checkpoint, anatomy)
     found = measure_speed(runner, options, threads=used)
@@ -104,6 +101,12 @@ def run(
     _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, (read_bytes, cache_bytes))
     if report is not None:
         print(f"Report: {report}")
+
+
+def _codes(cache_bits: int | None) -> CacheType | None:
+    if cache_bits not in (None, 8):
+        raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
+    return None if cache_bits is None else "int8"
 
 
 def _batches(text: str) -> tuple[int, ...]:

@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fettle.engine.native_families import native_family
-from fettle.engine.native_table import TableReader, check_inputs
+from fettle.engine.native_families import activation_of, native_family
+from fettle.engine.native_table import TableReader, check_inputs, read_sizes
 from fettle.engine.runner import Batch, RunnerShape
-from fettle.errors import FettleError, UsageError, unknown_word
-from fettle.kernels.native import default_threads, plane
+from fettle.errors import UsageError, unknown_word
+from fettle.kernels.native import default_threads, plane, runs_as_codes
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
-from fettle.models.storage import stored_schemes
+from fettle.models.module_tree import build_tree
+from fettle.models.rotary import read_rotary
+from fettle.models.storage import StoredScheme, stored_schemes
+from fettle.tensors.masked import MaskedScheme
+from fettle.tensors.scheme import Scheme
 
 if TYPE_CHECKING:
     from fettle._native import Decoder
@@ -37,13 +42,17 @@ def require_native(folder: Path) -> None:
     """Refuses what the data plane does not run, without reading a weight.
 
     Raises:
-        UsageError: it is not built, lacks the model's family, or the model's inputs are quantized.
+        UsageError: it is not built, or lacks a part of the model: family, sizes, activation, rotary scaling, inputs.
         CheckpointError: damaged files.
     """
     plane()
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint)
     native_family(anatomy)
+    tree = build_tree(checkpoint, anatomy, torch.float32, "cpu")
+    read_sizes(tree.config, anatomy)
+    activation_of(tree.config)
+    read_rotary(tree)
     for name, stored in stored_schemes(checkpoint, anatomy).items():
         check_inputs(name, stored)
 
@@ -54,11 +63,18 @@ def _read_verified(reader: TableReader) -> dict[str, Any]:
         verified = beside.submit(reader.checkpoint.verify_hashes)
         try:
             table = reader.read()
-        except FettleError:
+        except Exception:
             verified.result()
             raise
         verified.result()
         return table
+
+
+def _reads_bytes(stored: StoredScheme) -> bool:
+    """Whether a product with such a weight reads its inputs as bytes: codes with a kernel, inputs not rounded before."""
+    scheme = stored.scheme.values if isinstance(stored.scheme, MaskedScheme) else stored.scheme
+    plain = isinstance(scheme, Scheme) and scheme.activations is None and scheme.remainder is None
+    return plain and runs_as_codes(scheme)
 
 
 class NativeRunner:
@@ -113,7 +129,7 @@ class NativeRunner:
         cache_type: CacheType = "float16",
         kernels: str = "",
     ) -> NativeRunner:
-        """The same for a checkpoint that is open, or a view of one."""
+        """The same for a checkpoint that is open, or a view of one, whose tensors have no hashes to compare with."""
         if min(pages, page_size) < 1 or (threads is not None and threads < 1):
             raise UsageError(f"pages is {pages}, page_size {page_size}, threads {threads}; each must be at least 1")
         if cache_type not in get_args(CacheType):
@@ -130,7 +146,7 @@ class NativeRunner:
             context_length=reader.sizes.context,
             rope_switch=None if reader.rotary is None else reader.rotary.switch,
         )
-        return cls(decoder, shape, multiplies_bytes=integer and bool(reader.stored))
+        return cls(decoder, shape, multiplies_bytes=integer and any(map(_reads_bytes, reader.stored.values())))
 
     @property
     def shape(self) -> RunnerShape:

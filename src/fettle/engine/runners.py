@@ -4,8 +4,8 @@ torch    the reference: transformers' model over a paged cache, on any device
 native   the data plane in C++, on the processor: codes times bytes, a whole step in one call
 auto     native where it is built and runs the model, else torch: the default
 
-Inputs of compressed linears are bytes in the native runner and keys and values have 16 bits, so its greedy tokens are
-torch's but for near ties; for the reference's own, ask for torch.
+Inputs of compressed linears are bytes in the native runner and keys and values have 16 or 8 bits, so its greedy tokens
+are torch's but for near ties; for the reference's own, ask for torch.
 """
 
 from __future__ import annotations

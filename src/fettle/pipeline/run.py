@@ -237,8 +237,9 @@ def write_model(run: Run, output: Path, journal: Journal, progress: Progress) ->
     _require_sound(run, output, journal)
     schemes = {item.linear.name: item.scheme for item in run.layout.compressions}
     config = dict(run.checkpoint.config)
-    found = quantization_config(schemes, run.anatomy, run.recipe.storage, run.checkpoint.dtype)
-    found = found or dense_config(run.checkpoint)
+    own = dense_config(run.checkpoint)
+    found = quantization_config(schemes, run.anatomy, run.recipe.storage, run.checkpoint.dtype, why=own.get("why"))
+    found = found or own
     if found:  # an empty one is taken for a damaged one
         config["quantization_config"] = found
     if run.recipe.basis is not None:  # adapters and draft heads of the base do not fit, and a measurement has to know

@@ -41,18 +41,24 @@ class StoredScheme:
 
 
 def quantization_config(
-    schemes: Mapping[str, WeightScheme], anatomy: Anatomy, storage: str, model_dtype: torch.dtype = torch.float32
+    schemes: Mapping[str, WeightScheme],
+    anatomy: Anatomy,
+    storage: str,
+    model_dtype: torch.dtype = torch.float32,
+    *,
+    why: str | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` for these linears (by name): the standard's where it can say it, else ours.
 
     `storage` is the recipe's: `Scheme.storage_for` says what becomes of it for small floats. `model_dtype` is the type
-    of the tensors that stay as they are, in which loaders run the model.
+    of the tensors that stay as they are, in which loaders run the model. `why`: what else only fettle
+    reads.
     """
     if not schemes or storage == "dense":  # plain weights need no word
         return {}
     linears = {linear.name: linear for linear in every_linear(anatomy)}
     distinct = list(dict.fromkeys(schemes.values()))
-    obstacles = [standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items()]
+    obstacles = [why, *(standard_obstacle(linears[name], scheme, anatomy, storage) for name, scheme in schemes.items())]
     scalar = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, Scheme)}
     if len(distinct) > 1 and any(scheme.zero_point for scheme in scalar.values()):
         obstacles.append("transformers cannot load several schemes when one of them has zero points")
