@@ -71,10 +71,11 @@ def _read_verified(reader: TableReader) -> dict[str, Any]:
 
 
 def _reads_bytes(stored: StoredScheme) -> bool:
-    """Whether a product with such a weight reads its inputs as bytes: codes with a kernel, inputs not rounded before."""
+    """Whether a product with such a weight reads its inputs as bytes: its codes have a kernel, its inputs no rule."""
     scheme = stored.scheme.values if isinstance(stored.scheme, MaskedScheme) else stored.scheme
-    plain = isinstance(scheme, Scheme) and scheme.activations is None and scheme.remainder is None
-    return plain and runs_as_codes(scheme)
+    if not isinstance(scheme, Scheme) or scheme.activations is not None or scheme.remainder is not None:
+        return False
+    return runs_as_codes(scheme)
 
 
 class NativeRunner:
