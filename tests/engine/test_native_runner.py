@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,3 +73,17 @@ def test_auto_takes_it_where_it_can_and_says_why_not(
     assert chosen == "torch" and reason is not None and "not built" in reason
     assert main(["generate", "demo", "--prompt", "def", "--max-tokens", "2"]) == 0
     assert "--engine torch runs this: the native data plane is not built" in capsys.readouterr().err
+
+
+def test_auto_looks_at_what_a_model_needs_before_it_is_opened(tmp_path: Path) -> None:
+    for key, value in (
+        ("hidden_act", "relu6"),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    ):
+        folder = tmp_path / key
+        shutil.copytree(demo_folder(), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        chosen, reason = choose_engine("auto", folder, RunnerOptions(threads=1))
+        assert chosen == "torch" and reason is not None
+        assert ("relu6" in reason) == (key == "hidden_act")

@@ -102,6 +102,14 @@ def test_heads_that_differ_are_refused_by_the_native_engine(made, tmp_path):
         read_sizes(plain, subject_of(made[0].folder).anatomy)
 
 
+def test_codes_keep_other_loaders_away(made, tmp_path):
+    recipe = parse_recipe({"steps": [{"method": "round_to_nearest", "bits": 4, "group_size": 8}]}, "test")
+    fettle.compress(made[0].folder, tmp_path / "codes", recipe, evaluate=False)
+    config = json.loads((tmp_path / "codes" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fettle"
+    assert "widths of their own" in config["quantization_config"]["why"]
+
+
 def test_what_cannot_be_is_refused(made, tmp_path):
     _, subject = tiny_subject("mixtral", tmp_path / "mixtral")
     with pytest.raises(RecipeError, match="widths of their own"), subject.workers:
