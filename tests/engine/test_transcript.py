@@ -29,6 +29,20 @@ def say(text: str, stop: tuple[str, ...] = (), may_stop: bool = True) -> tuple[l
     return pieces, transcript
 
 
+class Stripping(Letters):
+    """As SentencePiece decoders do, it drops a space at the beginning of all that it is given."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return super().decode(tokens, skip_special_tokens).removeprefix(" ")
+
+
+def test_a_completion_begins_with_its_space() -> None:
+    transcript = Transcript(Stripping(), prompt=tuple(b"Once"))
+    assert "".join(map(transcript.push, b" upon")) + transcript.finish() == " upon" == transcript.text
+    half = Transcript(Letters(), prompt="aé".encode()[:2])
+    assert [half.push(token) for token in b"bc"] == ["b", "c"]
+
+
 def test_a_character_of_several_tokens_comes_whole() -> None:
     pieces, transcript = say("aéz")
     assert pieces == ["a", "", "é", "z", ""]

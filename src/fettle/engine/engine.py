@@ -154,7 +154,7 @@ class Engine:
         sequence = self._sequence(request)
         self.scheduler.add(sequence)
         tokenizer = None if self.vocabulary is None else self.vocabulary.tokenizer
-        transcript = None if tokenizer is None else Transcript(tokenizer, request.stop)
+        transcript = None if tokenizer is None else Transcript(tokenizer, request.stop, prompt=request.prompt)
         self._running[sequence.number] = _Running(sequence, transcript, self._clock())
         self._count += 1
         return sequence.number

@@ -23,6 +23,7 @@ from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.speculative import Drafter, DraftModel, PromptLookup
 from fettle.engine.torch_runner import TorchRunner
 from fettle.errors import UsageError, unknown_word
+from fettle.kernels.native import missing, plane
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
 from fettle.models.loading import load
@@ -126,6 +127,8 @@ def choose_engine(engine: str, folder: Path, options: RunnerOptions) -> tuple[st
         raise UsageError(unknown_word("engine", engine, ENGINE_NAMES))
     if engine != AUTO:
         return engine, None
+    if missing() is None:
+        plane()  # FETTLE_INSTRUCTIONS with a wrong name is a mistake, and no reason to take torch
     try:
         _check_native(options)
         require_native(folder)

@@ -13,6 +13,7 @@ from fettle.engine.runner import Piece, Runner, pack
 from fettle.engine.torch_runner import TorchRunner
 from fettle.errors import UsageError, unknown_word
 from fettle.models.checkpoint import Checkpoint
+from fettle.models.config_file import context_length
 from fettle.models.loading import load_checkpoint
 
 CONTEXT, REPETITIONS, PAGE = 64, 25, 16
@@ -29,8 +30,14 @@ def step_seconds(checkpoint: Checkpoint, *, engine: str, tokens: int = 1, thread
         threads: to compute with; None: as many as the engine takes.
 
     Raises:
-        UsageError: an engine that cannot run this model, or is not there.
+        UsageError: an engine that cannot run this model, or is not there; more tokens than the model has positions.
     """
+    context = context_length(checkpoint.config)
+    if context is not None and CONTEXT + tokens > context:
+        raise UsageError(
+            f"latency_tokens is {tokens}, and behind {CONTEXT} tokens of context the model has room for "
+            f"{max(0, context - CONTEXT)}; give fewer"
+        )
     pages = -(-(CONTEXT + tokens) // PAGE)
     return fastest_step(_runner(checkpoint, engine, pages, threads), tokens)
 

@@ -1,7 +1,8 @@
 """Text out: tokens become text piece by piece, and a stop text ends it before anybody saw its beginning.
 
 One token may be half a character, and what a token says may depend on its neighbours, so a piece is what the decoded
-text gains by a token, decoded together with the tokens of the last few pieces. What could still become a stop text is
+text gains by a token, decoded together with the tokens of the last few pieces, the prompt's end included: SentencePiece
+decoders drop a space at the beginning of all that they are given. What could still become a stop text is
 held back until it cannot. Cost: a token is decoded a few times, whatever the length of the text.
 """
 
@@ -22,10 +23,12 @@ class Transcript:
         stopped: whether a stop text came.
     """
 
-    def __init__(self, tokenizer: Any, stop: Listed[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Listed[str] = (), *, prompt: Listed[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
-        self._read = 0  # how many tokens are in `text`
+        self._tokens = list(prompt[-NEIGHBOURS:])
+        if self._decode(self._tokens).endswith(UNFINISHED):  # the prompt's half character is not the completion's
+            self._tokens = []
+        self._read = len(self._tokens)  # how many tokens are the prompt's or in `text`
         self._given = 0  # how many characters were handed out
         self.text = ""
         self.stopped = False
