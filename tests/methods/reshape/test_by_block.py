@@ -19,6 +19,9 @@ from fettle.kernels import native
 from fettle.methods.reshape.drop_layers import without_blocks
 from fettle.methods.reshape.legal_widths import spread_units
 from fettle.methods.reshape.narrow import Narrow
+from fettle.methods.train import Distill
+from fettle.methods.train.job import TrainJob
+from fettle.methods.train.training import train
 from fettle.models.block_widths import BY_BLOCK, WIDTHS_KEY
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import load_checkpoint
@@ -80,6 +83,16 @@ def test_the_engines_run_it_and_plain_transformers_refuses(made, tiny_llama):
     assert measured.kl_mean is not None and measured.kl_mean > 0
     with pytest.raises(Exception, match=r"use fettle\.load"):
         transformers.AutoModelForCausalLM.from_pretrained(found.folder)
+
+
+def test_what_is_trained_is_refused_by_plain_transformers_too(made, text_file, tmp_path):
+    folder, output = made[0].folder, tmp_path / "trained"
+    how = {"steps": 1, "windows": 4, "length": 32, "batch_windows": 4, "held_back": 2, "text": str(text_file)}
+    train(Distill(**how, hard=1.0, soft=0.0), TrainJob(model=folder, original=folder, output=output, folder=tmp_path))
+    assert Checkpoint.open(output).config == Checkpoint.open(folder).config
+    assert fettle.load(output).anatomy.blocks == fettle.load(folder).anatomy.blocks
+    with pytest.raises(Exception, match=r"use fettle\.load"):
+        transformers.AutoModelForCausalLM.from_pretrained(output)
 
 
 def test_fewer_blocks_keep_their_widths(made):

@@ -92,6 +92,12 @@ def test_targets_are_groups_or_roles(tiny_llama: Path, trained: Trained) -> None
         Adapter(targets="values").validate()
 
 
+def test_a_prefix_and_blocks_that_run_again_are_refused() -> None:
+    with pytest.raises(RecipeError, match="set gradient_checkpointing: false, or use lora"):
+        Adapter(kind="prefix", gradient_checkpointing=True).validate()
+    Adapter(kind="prompt", gradient_checkpointing=True).validate()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_codes_stay_packed_while_gradients_pass(bits: int, packed: dict[int, Path]) -> None:
     loaded = load(packed[bits])

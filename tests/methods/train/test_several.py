@@ -97,6 +97,19 @@ def test_tasks_share_a_weight_that_is_measured_once(tmp_path: Path) -> None:
     assert torch.equal(again(ids[:3], torch.tensor([6, 9, -1])).logits.softmax(-1), logs)
 
 
+def test_a_text_without_windows_has_the_mean_over_the_other_tasks(tmp_path: Path) -> None:
+    """All windows are replayed or written, so none that learns is of the first text, as those held back are."""
+    teachers, ids = [table(1), table(2)], windows(10)
+    text = TrainingText(ids=ids, learned=8, sources=("a", "b", "c"), sha256="x", note="", tasks=(1,) * 5 + (2,) * 3)
+    several = Several(teachers, [0.5, 0.5], 1.0, "loss")
+    several.settle_by_task(text, tmp_path, {"teachers": 1}, Silent())
+    each = [torch.stack([losses(t, ids[part]).mean() for t in teachers]) for part in (slice(0, 5), slice(5, 8))]
+    wanted = several.weights((each[0] + each[1]) / 2)
+    found = several(ids[:2], torch.tensor([9, -1])).logits.softmax(-1)
+    parts = torch.stack([torch.softmax(t.table[ids[:2]], -1) for t in teachers])
+    assert torch.allclose(found, (wanted[:, None, None, None] * parts).sum(0), atol=1e-5)
+
+
 @pytest.mark.parametrize("weighting", ["loss", "agreement"])
 def test_weights_that_adapt_need_several_teachers(weighting: Weighting) -> None:
     with pytest.raises(RecipeError, match=r"weighs several teachers, and teacher names 1"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,7 @@ def test_masks_of_a_killed_run_are_those_of_an_undisturbed_one(
     """Stopped in the step behind a checkpoint, with the next masks drawn: it goes on with them, to the same bytes."""
     how = {
         **HOW, "windows": 8, "length": 32, "batch_windows": 4, "held_back": 2, "text": str(text_file), "regrow": 0.3,
-        "mask_every": 3,
+        "mask_every": 3, "growth": "one_shot",  # with the second masks weights come back
     }  # fmt: skip
 
     def job(name: str) -> TrainJob:
@@ -172,6 +174,86 @@ def test_masks_of_a_killed_run_are_those_of_an_undisturbed_one(
     shutil.rmtree(tmp_path / "killed.run" / "masks")
     with pytest.raises(UsageError, match=r"is gone, with which steps were taken"):
         train(Sparse(**{**how, "steps": 9}), job("killed"))
+
+
+REGROWING: dict[str, Any] = {"steps": 10, "mask_every": 2, "growth": "one_shot", "regrow": 0.5, "pruned_until": 1.0}
+
+
+def masks_of(folder: Path) -> sparse_room.Masks:
+    return sparse_room.Masks(Sparse(**REGROWING), [module()], ["one"], folder)
+
+
+def losses_of(linear: SparseLinear, step: int) -> Iterator[torch.Tensor]:
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(step))
+    return (linear(row).square().sum() for row in inputs)
+
+
+def take_steps(masks: sparse_room.Masks, first: int, last: int) -> torch.Tensor:
+    """Steps of plain descent behind `begin`; the weights after them."""
+    (linear,) = masks.modules
+    for step in range(first, last):
+        masks.begin(step, lambda step=step: losses_of(linear, step))  # type: ignore[misc]
+        (found,) = torch.autograd.grad(sum(losses_of(linear, step)), [linear.weight])  # type: ignore[arg-type]
+        with torch.no_grad():
+            linear.weight -= 0.01 * found
+    return linear.weight.detach().clone()
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_resumed_run_that_regrows_has_the_same_weights(drawn: bool, tmp_path: Path) -> None:
+    """Taken up at a step that changes masks: drawn before the kill, or killed before they were written."""
+    masks = masks_of(tmp_path)
+    saved = take_steps(masks, 0, 4)
+    wanted, mask = take_steps(masks, 4, 10), masks.modules[0].mask
+    for path in tmp_path.glob("masks-*.safetensors"):
+        if not drawn and int(path.stem[6:]) >= 4:
+            path.unlink()
+    again = masks_of(tmp_path)
+    with torch.no_grad():
+        again.modules[0].weight.copy_(saved)
+    assert torch.equal(take_steps(again, 4, 10), wanted)
+    assert torch.equal(again.modules[0].mask, mask)
+
+
+def test_a_resumed_run_needs_the_masks_before(tmp_path: Path) -> None:
+    take_steps(masks_of(tmp_path), 0, 4)
+    (tmp_path / "masks-00000002.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"masks-00000002.safetensors is gone, with which steps were taken"):
+        take_steps(masks_of(tmp_path), 4, 5)
+
+
+def test_a_process_that_looks_late_draws_as_the_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, as threads: the first is done with its masks before the second looks for their file."""
+    together, drawn, found = threading.Barrier(2, timeout=20), [], {}
+    draw, is_file = sparse_room.Masks._draw, Path.is_file
+
+    def is_first() -> bool:
+        return threading.current_thread().name == "first"
+
+    def look(path: Path) -> bool:
+        if not is_first():
+            time.sleep(0.5)
+        return is_file(path)
+
+    def count(self: sparse_room.Masks, step: int, losses: Any) -> None:
+        drawn.append((threading.current_thread().name, step))
+        draw(self, step, losses)
+
+    def process(masks: sparse_room.Masks) -> None:
+        found[threading.current_thread().name] = take_steps(masks, 0, 4)
+
+    monkeypatch.setattr(Path, "is_file", look)
+    monkeypatch.setattr(sparse_room, "is_main_process", is_first)
+    monkeypatch.setattr(sparse_room, "wait_for_all", together.wait)
+    monkeypatch.setattr(sparse_room.Masks, "_draw", count)
+    both = ("first", "second")
+    threads = [threading.Thread(target=process, name=name, args=(masks_of(tmp_path),)) for name in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(drawn) == [("first", 0), ("first", 2), ("second", 0), ("second", 2)]
+    assert torch.equal(found["first"], found["second"])
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,11 @@ class Adapter(LoopFields, SignalFields, DataFields):
             raise RecipeError(
                 f"with {self.kind} the states of virtual tokens stand among the others; use hard and soft"
             )
+        if self.kind == "prefix" and self.gradient_checkpointing:
+            raise RecipeError(
+                "a prefix is a cache of keys and values, which blocks that run again do not take; set "
+                "gradient_checkpointing: false, or use lora"
+            )
         self.roles()
         if self.start != "zero" and self.kind not in ("lora", "rslora"):
             raise RecipeError(f"start={self.start} is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")

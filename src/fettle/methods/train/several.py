@@ -12,7 +12,7 @@ teacher's mean loss on the text's own tokens and D_i its mean KL(p̄, p_i) from 
 
 They are taken a sample at a time (of the window at hand), or a task at a time: of all windows that were drawn from the
 same text (the text, the replayed one, the teachers' own), measured once before the first step and kept on disk. A
-window that belongs to no text has the mean over tasks.
+window that belongs to no text, or to one of which no window was drawn, has the mean over tasks.
 
 Cost: a forward pass of each teacher; by task another one for every window, once.
 """
@@ -88,9 +88,11 @@ class Several:
                     found.append(self.measure(ids.unsqueeze(0).to(device)).cpu())
                     task.advance()
             measured = torch.cat(found)
-            means = [measured[tasks == number].mean(0).tolist() for number in range(int(tasks.max()) + 1)]
+            parts = [measured[tasks == number] for number in range(int(tasks.max()) + 1)]
+            over_tasks = torch.stack([part.mean(0) for part in parts if len(part)]).mean(0)
+            means = [part.mean(0) if len(part) else over_tasks for part in parts]  # all may be replayed
             folder.mkdir(parents=True, exist_ok=True)
-            known = {"identity": told, "measures": means}
+            known = {"identity": told, "measures": [mean.tolist() for mean in means]}
             write_json(path, known)
         table = torch.tensor(known["measures"])
         rows = torch.cat([table[tasks], table[:1].expand(len(text.ids) - text.learned, -1)])  # held back: of the text

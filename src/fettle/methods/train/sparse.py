@@ -181,19 +181,44 @@ class Masks:
         due = self._due(step)
         if due in (None, self._known):
             return
-        name = f"masks-{due:08d}.safetensors"
-        if not (self.folder / name).is_file():
+        if due == step and self._known < 0:
+            self._recall(step)
+        before = [module.mask for module in self.modules]
+        path = self._file(due)
+        drawn = path.is_file()
+        wait_for_all()  # nobody writes before all have looked
+        if not drawn:
             if due != step:
-                raise UsageError(f"{self.folder / name} is gone, with which steps were taken; start over with --fresh")
+                raise UsageError(f"{path} is gone, with which steps were taken; start over with --fresh")
             self._draw(step, losses)
             if is_main_process():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_shard(self.folder, name, {n: m.mask.cpu() for n, m in zip(self.names, self.modules, strict=True)})
+                masks = {n: m.mask.cpu() for n, m in zip(self.names, self.modules, strict=True)}
+                write_shard(self.folder, path.name, masks)
         wait_for_all()
         self._read(due)
+        if due == step and self._share(step):  # drawn just now, or before a kill: what comes back begins at zero
+            for module, mask in zip(self.modules, before, strict=True):
+                with torch.no_grad():
+                    module.weight[module.mask & ~mask] = 0.0
+
+    def _recall(self, step: int) -> None:
+        """The masks of the step before this one, which a resumed run does not have yet."""
+        last = self._due(step - 1)
+        if last is None:
+            return
+        if not self._file(last).is_file():
+            raise UsageError(f"{self._file(last)} is gone, with which steps were taken; start over with --fresh")
+        self._read(last)
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"masks-{step:08d}.safetensors"
+
+    def _share(self, step: int) -> float:
+        return exchanged_share(step, self.fields.regrow, self.fields.span[1])
 
     def _read(self, step: int) -> None:
-        stored = load_file(self.folder / f"masks-{step:08d}.safetensors")
+        stored = load_file(self._file(step))
         for key, module in zip(self.names, self.modules, strict=True):
             module.mask = stored[key].to(module.weight.device)
         self._known = step
@@ -223,19 +248,16 @@ class Masks:
     def _draw(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
         fields, (first, last) = self.fields, self.fields.span
         sparsity = sparsity_at(step, fields.sparsity, fields.growth, first, last)
-        share = exchanged_share(step, fields.regrow, last)
+        share = self._share(step)
         gradients: list[Tensor] | None = None
         if fields.score == "taylor" or share:
             gradients = gradients_of(self.modules, losses)
         for number, module in enumerate(self.modules):
             gradient = None if gradients is None else gradients[number]
-            before = module.mask
             mask = pruned(module, gradient, self._pattern, sparsity, fields.score)
             if share and gradient is not None:
                 by_row = self._pattern.kind == "row"
                 mask = regrown(module.weight.detach(), gradient, mask, share, by_row=by_row)
-                with torch.no_grad():
-                    module.weight[mask & ~before] = 0.0
             module.mask = mask
 
 

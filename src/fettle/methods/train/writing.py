@@ -8,6 +8,7 @@ that they had in the base; so what was trained in float32 is rounded once more, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fettle.models.checkpoint import Checkpoint, check_finite
 from fettle.models.config_file import QUANTIZATION_KEYS
 from fettle.models.module_tree import parameter_of, part_of
 from fettle.models.parts import CODE_SUFFIXES, Linear
-from fettle.models.storage import is_stored_as_codes, quantization_config
+from fettle.models.storage import dense_config, is_stored_as_codes, quantization_config
 from fettle.models.writer import copy_side_files, write_index, write_json, write_shard
 from fettle.tensors.weights import CompressedWeight
 
@@ -63,9 +64,11 @@ def write_trained(
             total += tensor.numel() * tensor.dtype.itemsize
         files[shard] = write_shard(output, shard, tensors, METADATA)
     config = {key: value for key, value in base.config.items() if key not in QUANTIZATION_KEYS}
-    if codes:
-        schemes = {name: quantized.scheme for name, quantized in codes.items()}
-        config["quantization_config"] = quantization_config(schemes, anatomy, storage, base.dtype)
+    schemes = {name: quantized.scheme for name, quantized in codes.items()}
+    found = quantization_config(schemes, anatomy, storage, base.dtype)
+    found = found or dense_config(replace(base, shared={}))  # here every matrix is written out
+    if found:
+        config["quantization_config"] = found
     write_index(output, shard_of, total)
     copy_side_files(base.folder, output)
     write_json(output / "config.json", config)
