@@ -148,7 +148,9 @@ def _as_fettle_error(error: BaseException) -> FettleError | None:
     if isinstance(error, FettleError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return InterruptedRunError("interrupted; a compression or a training goes on when the same command is run again")
+        return InterruptedRunError(
+            "interrupted; a compression or a training goes on when the same command is run again"
+        )
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

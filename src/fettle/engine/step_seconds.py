@@ -33,11 +33,8 @@ def step_seconds(checkpoint: Checkpoint, *, engine: str, tokens: int = 1, thread
         UsageError: an engine that cannot run this model, or is not there; more tokens than the model has positions.
     """
     context = context_length(checkpoint.config)
-    if context is not None and CONTEXT + tokens > context:
-        raise UsageError(
-            f"latency_tokens is {tokens}, and behind {CONTEXT} tokens of context the model has room for "
-            f"{max(0, context - CONTEXT)}; give fewer"
-        )
+    if context is not None and tokens > context:
+        raise UsageError(f"latency_tokens is {tokens}, and the model's context holds {context}; give at most that")
     pages = -(-(CONTEXT + tokens) // PAGE)
     return fastest_step(_runner(checkpoint, engine, pages, threads), tokens)
 

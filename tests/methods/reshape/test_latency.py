@@ -85,6 +85,8 @@ def test_what_cannot_be_is_refused(subject):
         Narrow(latency="0.5x").reshape(replace(subject, measure=None))
     with pytest.raises(UsageError, match="unknown engine"):
         step_seconds(subject.checkpoint, engine="nativ")
+    with pytest.raises(UsageError, match="context holds"):
+        step_seconds(subject.checkpoint, engine="native", tokens=10**6)
 
 
 @pytest.mark.parametrize("engine", ["torch", "native"])
