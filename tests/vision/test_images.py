@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy
@@ -98,6 +100,42 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         read_images(tmp_path / "empty", SMALL, CLASSES)
     with pytest.raises(UsageError, match="there are no images"):
         read_images(tmp_path / "nowhere", SMALL, CLASSES)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize("damage", ["huge", "broken"])
+def test_a_picture_that_cannot_be_is_named(damage: str, tmp_path: Path) -> None:
+    side = 60000 if damage == "huge" else 8
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    after = b"" if damage == "huge" else b"\x00\x00\x00\x04\x01\x02\x03\x04abcdabcd"
+    body = chunk(b"IDAT", zlib.compress(bytes(200), 0)[:50]) + after
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    with pytest.raises(UsageError, match=r"picture\.png is no picture that can be read"):
+        read_images(tmp_path, SMALL, CLASSES)
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1)])
+def test_the_middle_of_a_very_long_picture_is_taken(
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", size, (255, 0, 0))
+    picture.putpixel((size[0] // 2, size[1] // 2), (0, 255, 0))
+    picture.save(tmp_path / "long.png")
+    made: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, how: made.append(to) or resize(self, to, how))
+    found = read_images(tmp_path, SMALL, CLASSES)
+    assert found.data.images.shape == (1, 3, 32, 32) and max(made[0]) <= 16 * 32
+    assert float(found.data.images[0, 1].max()) > 0  # the green middle is seen
+
+
+def test_a_folder_named_with_a_digit_that_is_no_number_is_said(tmp_path: Path) -> None:
+    (tmp_path / "²").mkdir()
+    with pytest.raises(UsageError, match="is no class of this network"):
+        read_images(tmp_path, SMALL, CLASSES)
 
 
 def test_sizes_come_from_either_librarys_words(tmp_path: Path) -> None:

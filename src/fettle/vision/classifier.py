@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from fettle.errors import CheckpointError, ModelError
 from fettle.models.checkpoint import Checkpoint, check_finite
-from fettle.models.config_file import read_json
+from fettle.models.config_file import damaged, read_json
 from fettle.models.source import resolve
-from fettle.vision.preprocessing import Preprocessing, read_preprocessing
+from fettle.vision.preprocessing import Preprocessing, read_preprocessing, shown, whole
 from fettle.vision.vgg import build_vgg, is_vgg
 from fettle.vision.widths import set_widths_
 
 KIND = "image_classifier"
 SUFFIX = "ForImageClassification"
+TIMM = "timm_wrapper"  # transformers' model_type for a timm network
+MOST_CLASSES = 1_000_000
 WRAPPED = "timm_model."  # what transformers puts before the names of a wrapped timm network
 COUNTER = "num_batches_tracked"  # of batch norms; old files lack it, and nothing reads it
 
@@ -88,7 +90,8 @@ def open_classifier(model: str | Path, *, device: str = "cpu", record: dict[str,
     _fill(network, checkpoint)
     preprocessing = read_preprocessing(checkpoint.folder, checkpoint.config)
     network.to(device).eval()
-    return ImageClassifier(network, class_names(checkpoint.config), preprocessing, checkpoint)
+    path = checkpoint.folder / "config.json"
+    return ImageClassifier(network, class_names(checkpoint.config, path), preprocessing, checkpoint)
 
 
 def build_network(config: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -101,12 +104,13 @@ def build_network(config: Mapping[str, Any], folder: Path) -> nn.Module:
     from huggingface_hub.errors import StrictDataclassError
 
     fields = {key: value for key, value in config.items() if key != "quantization_config"}
+    fields.setdefault("model_type", TIMM)
+    if fields["model_type"] == TIMM and not is_vgg(config):
+        _refuse_reaching_out(config, folder / "config.json")
     try:
         with torch.device("meta"):
             if is_vgg(config):
                 return build_vgg(config)
-            if "model_type" not in fields:
-                fields = {"model_type": "timm_wrapper", **fields}
             found = transformers.AutoConfig.for_model(**fields)
             network: nn.Module = transformers.AutoModelForImageClassification.from_config(found)
             return network
@@ -130,16 +134,39 @@ def build_network(config: Mapping[str, Any], folder: Path) -> nn.Module:
         ) from e
 
 
-def class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The classes' names, by number."""
+def _refuse_reaching_out(config: Mapping[str, Any], path: Path) -> None:
+    """Raises ModelError where timm would open other files or a hub; it unpickles what `checkpoint_path` names."""
+    name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if name is not None and (not isinstance(name, str) or ":" in name or "/" in name):
+        raise ModelError(
+            f"{path} names the timm architecture {name!r}; only a plain name such as 'resnet50' is taken, without ':' "
+            "or '/', which lead to other files. Correct it there"
+        )
+    if not isinstance(arguments, Mapping):
+        raise ModelError(f"{path}: model_args is {arguments!r}, and must be an object. Correct it there")
+    reaching = sorted(
+        key for key in arguments if key.startswith("pretrained") or key in ("checkpoint_path", "cache_dir")
+    )
+    if reaching:
+        raise ModelError(
+            f"{path}: model_args holds {', '.join(reaching)}, with which timm reads weights from elsewhere; weights "
+            "come from the model's own safetensors alone. Remove what is named here"
+        )
+
+
+def class_names(config: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The classes' names, by number; CheckpointError where `config`, read from `path`, says what cannot be."""
     named = config.get("id2label")
     if isinstance(named, Mapping) and named:
-        return tuple(str(named[key]) for key in sorted(named, key=int))
+        try:
+            return tuple(str(named[key]) for key in sorted(named, key=int))
+        except ValueError:
+            raise damaged(path, f"id2label has the keys {shown(list(named))}, and must have whole numbers") from None
     listed = config.get("label_names")
     if isinstance(listed, list) and listed:
         return tuple(map(str, listed))
-    count = config.get("num_labels") or config.get("num_classes") or 2
-    return tuple(str(number) for number in range(int(count)))
+    key = "num_labels" if config.get("num_labels") else "num_classes"
+    return tuple(map(str, range(whole(path, key, config.get(key) or 2, MOST_CLASSES))))
 
 
 def named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,8 @@ The written folder is the original's kind: safetensors and config.json. Where th
 widths (`plain_config.py`), plain transformers loads it; where not, `fettle.load` does, from the widths in
 `fettle.json`, and other loaders stop at the first tensor of another shape. The same command gives the same bytes, since
 pruning and healing run on one thread (or the GPU). A run that was stopped starts again; nothing is written before the
-last round.
+last round. A folder that holds files which no such run wrote is refused, --fresh or not; `pruning.json` in the run
+folder marks one that is being written.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 import fettle
-from fettle.errors import ResumeError, UsageError
+from fettle.errors import CheckpointError, ResumeError, UsageError
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.methods.filters.healing import recalibrate_
 from fettle.methods.filters.prune_filters import PruneFilters, described
 from fettle.models.checkpoint import SINGLE, Checkpoint, file_sha256
 from fettle.models.config_file import read_json
 from fettle.models.writer import copy_side_files, write_json, write_shard, write_text
-from fettle.pipeline.journal import run_folder
+from fettle.pipeline.journal import locked, run_folder
 from fettle.pipeline.recipe import Recipe
 from fettle.pipeline.run import MARKER, check_device, display_name, monotonic_seconds, refuse_inside, versions
 from fettle.progress import Progress
@@ -41,6 +42,8 @@ from fettle.vision.images import SHAPES, ImageSet, read_images
 from fettle.vision.plain_config import plain_config
 from fettle.vision.widths import changed_widths, widths_of
 from fettle.workers import Workers
+
+BEGUN = "pruning.json"  # in the run folder, from before the first byte is written until the folder is whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,24 +119,48 @@ def compress_classifier(
     restart_peak()
     job = _prepared(model, recipe, device)
     refuse_inside(job.base.folder, output)
+    _refuse_foreign(output)
     identity = job.identity()
-    before = _finished(output, identity, fresh)
-    if before is not None:
-        return ClassifierCompression(folder=output, evaluation=None, summary=before, resumed_whole=True)
-    with Workers(1):
-        pruned, rounds = _pruned(job, progress)
-        content = _write(job, pruned, output, {**identity, "reshaped": [_decided(job, rounds)]})
-        written = open_classifier(output, device=device, record=content)
-        evaluation = None
-        if evaluate is not False:
-            evaluation = evaluate_classifier(written, job.base, job.held_out, device=device)
-    summary = _summary(job, content, written, evaluation)
-    summary |= {"seconds": monotonic_seconds(started), "peak_memory_bytes": peak_memory_bytes(), "command": command}
-    content["results"] = None if evaluation is None else _stable(evaluation)
-    write_text(output / "README.md", classifier_card(content, output.name))
-    write_json(output / MARKER, content)
-    write_json(run_folder(output) / "summary.json", summary)
+    with locked(run_folder(output)):
+        before = _finished(output, identity, fresh)
+        if before is not None:
+            return ClassifierCompression(folder=output, evaluation=None, summary=before, resumed_whole=True)
+        with Workers(1):
+            pruned, rounds = _pruned(job, progress)
+            content = _write(job, pruned, output, {**identity, "reshaped": [_decided(job, rounds)]})
+            written = open_classifier(output, device=device, record=content)
+            evaluation = None
+            if evaluate is not False:
+                evaluation = evaluate_classifier(written, job.base, job.held_out, device=device)
+        summary = _summary(job, content, written, evaluation)
+        summary |= {"seconds": monotonic_seconds(started), "peak_memory_bytes": peak_memory_bytes(), "command": command}
+        content["results"] = None if evaluation is None else _stable(evaluation)
+        write_text(output / "README.md", classifier_card(content, output.name))
+        write_json(output / MARKER, content)
+        write_json(run_folder(output) / "summary.json", summary)
+        (run_folder(output) / BEGUN).unlink(missing_ok=True)
     return ClassifierCompression(folder=output, evaluation=evaluation, summary=summary)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raises UsageError where `output` or its run folder is a file, or it holds what no such run wrote."""
+    for path in (output, run_folder(output)):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"the output {path} is a file; name a folder that does not exist yet")
+    ours = any(_is_ours(path) for path in (output / MARKER, run_folder(output) / BEGUN))
+    if not ours and output.is_dir() and any(output.iterdir()):
+        raise UsageError(
+            f"the output {output} is not empty, and no run that pruned an image classifier made it; --fresh replaces "
+            "only what such a run wrote. Name another folder, or empty this one"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this file says that a pruned classifier is, or was to be, written."""
+    try:
+        return read_json(path).get("kind") == KIND
+    except CheckpointError:  # missing or damaged
+        return False
 
 
 def _prepared(model: str | Path, recipe: Recipe, device: str) -> _Job:
@@ -183,9 +210,10 @@ def _pruned(job: _Job, progress: Progress) -> tuple[nn.Module, list[dict[str, An
 
 def _decided(job: _Job, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     method = job.method
+    measured = job.images is not None and len(job.images.data.images) > 1  # one image has no variance
     return {
         "method": method.name, "score": method.score, "scope": method.scope, "rounds": rounds,
-        "batch_norms": "measured again" if job.images is not None else "as they were",
+        "batch_norms": "measured again" if measured else "as they were",
     }  # fmt: skip
 
 
@@ -193,6 +221,8 @@ def _write(job: _Job, network: nn.Module, output: Path, identity: dict[str, Any]
     """Writes weights, config and side files; returns what fettle.json will say, not measured yet."""
     base = job.base.checkpoint
     original, widths = widths_of(job.base.model), widths_of(network)
+    write_json(run_folder(output) / BEGUN, {"kind": KIND, **identity})
+    (run_folder(output) / "summary.json").unlink(missing_ok=True)
     for stale in (MARKER, "config.json"):  # without these a folder is not finished
         (output / stale).unlink(missing_ok=True)
     tensors = {name: _as_stored(name, tensor, base) for name, tensor in named_tensors(network)}

@@ -28,6 +28,7 @@ from fettle.vision.shapes import CLASSES, draw_shapes
 SHAPES = "shapes"
 CALIBRATION_IMAGES, HELD_OUT_IMAGES = 4000, 1000
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+LONGEST = 16  # a picture's longer side, in shorter sides; beyond that its ends are cut off before it is resized
 HELD_BACK = 5  # one image of so many is kept for measuring
 
 
@@ -160,7 +161,7 @@ def _from_folder(path: Path, preprocessing: Preprocessing, labels: Sequence[str]
 def _class_number(folder: Path, labels: Sequence[str]) -> int:
     if folder.name in labels:
         return list(labels).index(folder.name)
-    if folder.name.isdigit() and int(folder.name) < len(labels):
+    if folder.name.isdecimal() and int(folder.name) < len(labels):
         return int(folder.name)
     raise UsageError(
         f"{folder} is no class of this network: it knows {', '.join(labels[:5])}{', …' if len(labels) > 5 else ''}; "
@@ -181,8 +182,12 @@ def _picture(path: Path, preprocessing: Preprocessing) -> Tensor:
     try:
         with Image.open(path) as opened:
             image: Any = opened.convert("L" if preprocessing.channels == 1 else "RGB")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no picture that can be read: {error}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"{path} is no picture that can be read: {error}; remove it, or save it again as one of "
+            f"{', '.join(PICTURES)}, with less than {Image.MAX_IMAGE_PIXELS or 0:,} pixels"
+        ) from error
+    image = _middle(image)
     share = max(preprocessing.resize or min(height, width), height, width) / min(image.size)
     image = image.resize(
         (max(width, round(image.width * share)), max(height, round(image.height * share))), Image.Resampling.BICUBIC
@@ -190,6 +195,14 @@ def _picture(path: Path, preprocessing: Preprocessing) -> Tensor:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = torch.from_numpy(numpy.array(image.crop((left, top, left + width, top + height))))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _middle(image: Any) -> Any:
+    """The middle of a very long picture, which alone is seen: else one row of pixels would be resized to gigabytes."""
+    most = LONGEST * min(image.size)
+    width, height = min(image.width, most), min(image.height, most)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
 def _check_labels(path: Path, labels: Tensor | None, images: int, classes: int) -> None:

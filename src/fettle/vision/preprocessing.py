@@ -6,6 +6,7 @@ anything, pixels are divided by 255 and any size is taken.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fettle.errors import UsageError
-from fettle.models.config_file import read_json
+from fettle.models.config_file import damaged, read_json
 
 DEFAULT_SIZE = 224
+LARGEST_SIDE = 4096
+LARGEST_NUMBER = 1e6  # of a mean or a standard deviation
 
 
 @dataclass(frozen=True)
@@ -71,43 +74,98 @@ class Preprocessing:
 
 
 def read_preprocessing(folder: Path, config: Mapping[str, Any]) -> Preprocessing:
-    """What `folder` says about its images."""
-    path = folder / "preprocessor_config.json"
+    """What `folder` says about its images.
+
+    Raises:
+        CheckpointError: a size, mean or standard deviation that cannot be.
+    """
+    path, own = folder / "preprocessor_config.json", folder / "config.json"
     found = read_json(path) if path.exists() else {}
     timm = config.get("pretrained_cfg") or {}
-    channels = int(config.get("num_channels") or (timm.get("input_size") or (3,))[0])
-    resize, size = None, None
-    if timm.get("input_size"):
-        size = (int(timm["input_size"][1]), int(timm["input_size"][2]))
-        resize = round(size[0] / float(timm.get("crop_pct") or 1))
-    asked = _sides(found.get("size"))
+    if not isinstance(timm, Mapping):
+        raise damaged(own, f"pretrained_cfg is {shown(timm)}, and must be an object")
+    channels, size, resize = _timm_sizes(own, timm)
+    if config.get("num_channels"):
+        channels = whole(own, "num_channels", config["num_channels"])
+    asked = _sides(path, "size", found.get("size"))
     if asked is not None:
         resize, size = min(asked), asked
         if found.get("do_center_crop"):
-            size = _sides(found.get("crop_size")) or size
-        elif "shortest_edge" in (found["size"] if isinstance(found["size"], dict) else {}):
-            share = float(found.get("crop_pct") or 1)  # ConvNeXt's: resized by more, then cropped
-            resize = round(min(asked) / share)
+            size = _sides(path, "crop_size", found.get("crop_size")) or size
+        elif isinstance(found["size"], Mapping) and found["size"].get("shortest_edge") is not None:
+            resize = _enlarged(path, min(asked), found.get("crop_pct"))  # ConvNeXt's: resized by more, then cropped
     elif size is None and isinstance(config.get("image_size"), int):
-        size = (config["image_size"], config["image_size"])
-        resize = size[0]
-    plain = found.get("do_normalize") is False
-    mean = (0.0,) * channels if plain else _numbers(found.get("image_mean") or timm.get("mean"), channels, 0.0)
-    std = (1.0,) * channels if plain else _numbers(found.get("image_std") or timm.get("std"), channels, 1.0)
-    return Preprocessing(channels, size, resize, mean, std)
+        resize = whole(own, "image_size", config["image_size"])
+        size = (resize, resize)
+    if found.get("do_normalize") is False:
+        return Preprocessing(channels, size, resize, (0.0,) * channels, (1.0,) * channels)
+    mean, std = (
+        _numbers(path, f"image_{key}", found.get(f"image_{key}"), channels)
+        or _numbers(own, f"pretrained_cfg.{key}", timm.get(key), channels)
+        for key in ("mean", "std")
+    )
+    return Preprocessing(channels, size, resize, mean or (0.0,) * channels, std or (1.0,) * channels)
 
 
-def _sides(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, int):
-        return value, value
-    if isinstance(value, Mapping) and "shortest_edge" in value:
-        return int(value["shortest_edge"]), int(value["shortest_edge"])
-    if isinstance(value, Mapping) and "height" in value:
-        return int(value["height"]), int(value["width"])
-    return None
+def whole(path: Path, key: str, value: Any, most: int = LARGEST_SIDE) -> int:
+    """`value` of `key` in `path`; CheckpointError unless it is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise damaged(path, f"{key} is {shown(value)}, and must be a whole number from 1 to {most}")
+    return value
 
 
-def _numbers(values: Any, channels: int, default: float) -> tuple[float, ...]:
-    if isinstance(values, list | tuple) and len(values) == channels:
-        return tuple(map(float, values))
-    return (default,) * channels
+def shown(value: Any) -> str:
+    """A value from a file, short enough for a message."""
+    return reprlib.repr(value)
+
+
+def _timm_sizes(path: Path, timm: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None, int | None]:
+    """Colours, size and the shorter side before the crop, from timm's words."""
+    key, given = "pretrained_cfg.input_size", timm.get("input_size")
+    if not given:
+        return 3, None, None
+    if not isinstance(given, list | tuple) or len(given) != 3:
+        raise damaged(path, f"{key} is {shown(given)}, and must be [colours, height, width]")
+    channels, height, width = (whole(path, key, value) for value in given)
+    return channels, (height, width), _enlarged(path, height, timm.get("crop_pct"))
+
+
+def _enlarged(path: Path, side: int, share: Any) -> int:
+    """The side before the crop that keeps `share` of it."""
+    if not share:
+        return side
+    if not _is_number(share) or not 1 <= side / share <= LARGEST_SIDE:
+        raise damaged(
+            path, f"crop_pct is {shown(share)}, and must be a share of the side from {side / LARGEST_SIDE:.3g} to 1"
+        )
+    return round(side / float(share))
+
+
+def _sides(path: Path, key: str, value: Any) -> tuple[int, int] | None:
+    if isinstance(value, Mapping):
+        if value.get("shortest_edge") is not None:
+            side = whole(path, f"{key}.shortest_edge", value["shortest_edge"])
+            return side, side
+        if value.get("height") is None and value.get("width") is None:
+            return None
+        height, width = (whole(path, f"{key}.{name}", value.get(name)) for name in ("height", "width"))
+        return height, width
+    if value is None or isinstance(value, list):
+        return None
+    side = whole(path, key, value)
+    return side, side
+
+
+def _numbers(path: Path, key: str, values: Any, channels: int) -> tuple[float, ...] | None:
+    """A number a colour; None where nothing is said, or of another number of colours."""
+    if not isinstance(values, list | tuple):
+        return None
+    divides = key.endswith("std")
+    if not all(_is_number(x) and abs(x) <= LARGEST_NUMBER and (x > 0 or not divides) for x in values):
+        what = "numbers above 0" if divides else "numbers"
+        raise damaged(path, f"{key} is {shown(values)}, and must be {what} of at most {LARGEST_NUMBER:.0f}")
+    return tuple(map(float, values)) if len(values) == channels else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -40,7 +40,8 @@ class _WideLayers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[images, channels, height, width] → [images, head_width, height - kernel + 1, width - kernel + 1]."""
         if min(x.shape[-2:]) < self.kernel:
-            x = functional.adaptive_avg_pool2d(x, max(self.kernel, *x.shape[-2:]))
+            height, width = x.shape[-2:]
+            x = functional.adaptive_avg_pool2d(x, (max(self.kernel, height), max(self.kernel, width)))
         x = functional.relu(self.fc1(x))
         return functional.relu(self.fc2(self.drop(x)))
 

@@ -34,6 +34,14 @@ def test_a_recalibrated_norm_has_the_mean_and_variance_of_its_inputs() -> None:
     assert made[1].momentum == 0.1 and not made.training
 
 
+def test_one_image_leaves_the_norms_as_they_were() -> None:
+    made = small()
+    recalibrate_(made, DATA)
+    before = copy.deepcopy(made.state_dict())
+    assert recalibrate_(made, ImageBatch(DATA.images[:1])) == 0 and not made.training
+    assert all(torch.equal(before[name], value) for name, value in made.state_dict().items())
+
+
 def test_training_lowers_the_loss_and_repeats_bit_for_bit() -> None:
     first, second = small(), small()
     losses = [fine_tune_(made, DATA, FineTuning(steps=30, rate=5e-3)) for made in (first, second)]

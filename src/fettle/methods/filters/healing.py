@@ -53,10 +53,15 @@ class FineTuning:
 
 @torch.no_grad()
 def recalibrate_(network: nn.Module, data: ImageBatch) -> int:
-    """Measures the running mean and variance of every batch norm over the images; returns how many there are."""
+    """Measures the running mean and variance of every batch norm over the images; returns how many were measured.
+
+    One image has no variance, so fewer than two change nothing.
+    """
+    network.eval()
+    if len(data.images) < 2:
+        return 0
     norms = [module for module in network.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
     momentum = [norm.momentum for norm in norms]
-    network.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over batches
