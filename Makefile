@@ -11,9 +11,9 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# The suites that run over every method, grid and family, or compress whole models: `make test` runs them, and
+# The suites that run over every method, grid and family, or compress, train or serve whole models: `make test` runs them, and
 # `make check`, which CI runs right before, need not do it too.
-WIDE := $(addprefix --ignore=tests/,conformance parity pipeline recipes search docs diagnose)
+WIDE := $(addprefix --ignore=tests/,conformance parity pipeline recipes search docs diagnose cli engine vision methods/train methods/reshape)
 
 .PHONY: help install demo test check bench test-all docs constraints clean
 
