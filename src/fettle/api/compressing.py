@@ -145,9 +145,7 @@ def compress(
             if prompt is not None and [pair["prompt"] for pair in summary["completions"]] != [prompt]:
                 summary["completions"] = _completions(run, output, prompt)
             if choice is not None:
-                summary["budget"] = summary.get("budget") or {**choice.figures, "written_kl": None}
-                if summary["evaluation"] and summary["budget"]["written_kl"] is None:
-                    summary["budget"]["written_kl"] = _sample_kl(run, output, choice)
+                _note_budget_(summary, run, output, choice)
             evaluation = Evaluation.from_json(summary["evaluation"]) if summary["evaluation"] else None
             _write_page(summary, report_path)
             if summary != before:
@@ -156,6 +154,13 @@ def compress(
     return Compression(
         folder=output, evaluation=evaluation, summary=summary, report_path=report_path, resumed_whole=before is not None
     )
+
+
+def _note_budget_(summary: dict[str, Any], run: Run, output: Path, choice: Choice) -> None:
+    """What the budget predicted and, once the files were measured, what they cost on the same sample."""
+    summary["budget"] = summary.get("budget") or {**choice.figures, "written_kl": None}
+    if summary["evaluation"] and summary["budget"]["written_kl"] is None:
+        summary["budget"]["written_kl"] = _sample_kl(run, output, choice)
 
 
 def _refuse_for_classifiers(**given: object) -> None:
