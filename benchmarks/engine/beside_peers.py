@@ -1,11 +1,12 @@
 """The native engine beside other engines on random weights in the shape of TinyLlama-1.1B, one JSON line out.
 
     python benchmarks/engine/beside_peers.py --peer llamacpp=PYTHON --peer ct2=PYTHON [--blocks 4] [--threads 2]
-        [--repeats 5] [--only llamacpp:Q4_0 native:uniform4-32 …] [--folder DIR]
+        [--repeats 5] [--only llamacpp:Q4_0 native:uniform4-32 …] [--work prefill decode] [--folder DIR]
 
 A peer's Python has its package installed (llamacpp: llama-cpp-python and gguf; ct2: ctranslate2); peers/NAME.py makes
 its file and works when it is told to. All engines are open at the same time with the same threads, and in each repeat
-each does the same piece of work in turn: a prompt of 512 tokens, 16 tokens of one sequence, 16 of eight. Medians of the
+each does the same piece of work in turn: a prompt of 512 tokens, 16 tokens of one sequence, 16 of eight (`--work` takes
+some of the three: CTranslate2 reads eight prompts twice for the last, which takes minutes). Medians of the
 repeats; ratios are medians of each repeat's own, native over peer in tokens a second, for the pairs of `PAIRS`.
 A peer that does not start is left out, with its last line as the reason.
 """
@@ -82,18 +83,18 @@ class Engine:
         self.process.wait()
 
 
-def measure(engines: list[Engine], repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure(engines: list[Engine], repeats: int, works: list[str]) -> dict[str, dict[str, list[float]]]:
     """Tokens a second by engine and work, a list of repeats; bandwidth and peak under "machine"."""
-    found: dict[str, dict[str, list[float]]] = {e.name: {work: [] for work in TOKENS} for e in engines}
+    found: dict[str, dict[str, list[float]]] = {e.name: {work: [] for work in works} for e in engines}
     machine = next((e for e in engines if e.name.startswith("native")), None)
     limits: dict[str, list[float]] = {"bandwidth": [], "peak": []}
     for _ in range(repeats):
-        for work, tokens in TOKENS.items():
+        for work in works:
             if machine is not None and work != "decode8":
                 limit, size = ("peak", 1e12) if work == "prefill" else ("bandwidth", float(1 << 28))
                 limits[limit].append(size / machine.seconds(limit))
             for engine in engines:
-                found[engine.name][work].append(tokens / engine.seconds(work))
+                found[engine.name][work].append(TOKENS[work] / engine.seconds(work))
     return found | {"machine": limits}
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME:FORMAT")
     for flag, value in (("--blocks", 22), ("--threads", 2), ("--repeats", 5)):
         parser.add_argument(flag, type=int, default=value)
+    parser.add_argument("--work", nargs="+", choices=TOKENS, default=list(TOKENS))
     parser.add_argument("--folder", type=Path, help="where peers' files are kept between runs; by default nowhere")
     options = parser.parse_args()
     pythons = {"native": sys.executable} | dict(peer.split("=", 1) for peer in options.peer)
@@ -114,7 +116,7 @@ def main() -> None:
         tried = [Engine(name, pythons[name.split(":")[0]], options) for name in wanted]
         engines = [engine for engine in tried if engine.told is not None]
         missing = {engine.name: engine.reason() for engine in tried if engine.told is None}
-        rates = measure(engines, options.repeats)
+        rates = measure(engines, options.repeats, options.work)
         for engine in engines:
             engine.close()
     middle = {
@@ -127,7 +129,7 @@ def main() -> None:
     ratios = {
         f"{own} / {other}": {
             work: round(statistics.median(a / b for a, b in zip(rates[own][work], rates[other][work], strict=True)), 3)
-            for work in TOKENS
+            for work in options.work
         }
         for own, other in PAIRS
         if own in rates and other in rates

@@ -20,14 +20,20 @@ import numpy as np
 
 from fettle.engine.runner import Batch, Piece, pack
 from fettle.kernels.native import plane
-from fettle.tensors.grid import uniform
+from fettle.tensors.grid import Grid, uniform
+from fettle.tensors.levels import named
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, MLP, VOCABULARY = 2048, 32, 4, 64, 5632, 32000
 PAGE = 16
 
 
+def grid_of(options: argparse.Namespace) -> Grid:
+    """Ternary where no bits are given."""
+    return uniform(options.bits) if options.bits else named("ternary")
+
+
 def coded(rows: int, columns: int, options: argparse.Namespace, pool: Any, codes: np.ndarray) -> dict[str, Any]:
-    grid, group = uniform(options.bits), options.group_size
+    grid, group = grid_of(options), options.group_size
     scales = np.full((rows, -(-columns // group)), 0.01, np.float16).view(np.uint16)
     taken = np.ascontiguousarray(codes[: rows * columns].reshape(rows, columns))
     matrix = plane().coded(taken, columns, 8, grid.bits, group, scales, "float16", list(grid.levels), None, 1.0, pool)
@@ -36,7 +42,7 @@ def coded(rows: int, columns: int, options: argparse.Namespace, pool: Any, codes
 
 def make_table(options: argparse.Namespace, pool: Any) -> dict[str, Any]:
     random = np.random.default_rng(0)
-    codes = random.integers(0, 2**options.bits, VOCABULARY * HIDDEN, dtype=np.uint8)
+    codes = random.integers(0, len(grid_of(options).levels), VOCABULARY * HIDDEN, dtype=np.uint8)
     norm = {"kind": "rms", "weight": np.ones(HIDDEN, np.float32), "bias": None, "eps": 1e-5}
     narrow = KV_HEADS * HEAD_SIZE
 

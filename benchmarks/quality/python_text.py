@@ -1,6 +1,6 @@
 """The training text of the embedded model's own domain: the standard library without its held-out modules, as one file.
 
-python benchmarks/quality/python_text.py OUT.txt     (without a name: how long it would be)
+python benchmarks/quality/python_text.py OUT.txt [CHARACTERS]     (without a name: how long it would be)
 
 The split is by the SHA-256 of a module's name, as in `tools/train_reference.py`: the held-out text that the package
 ships to judge by has none of these modules. Their order is shuffled by a seed, so that the end of the file, which a
@@ -44,7 +44,7 @@ def python_text(most: int = 3_000_000) -> str:
 
 def main() -> None:
     """Writes the text, or says how long it is."""
-    text = python_text()
+    text = python_text(int(sys.argv[2])) if len(sys.argv) > 2 else python_text()
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(text, encoding="utf-8")
     print(json.dumps({"characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}))

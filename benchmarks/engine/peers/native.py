@@ -12,7 +12,6 @@ import native_llama
 from turns import DECODED, PROMPT, TOGETHER, take_turns
 
 from fettle.kernels.native import plane
-from fettle.tensors.levels import named
 
 FORMATS = {"uniform4-32": (4, 32), "uniform4-128": (4, 128), "uniform3-32": (3, 32), "uniform2-64": (2, 64),
            "ternary-256": (0, 256), "uniform8-128": (8, 128)}  # fmt: skip
@@ -25,10 +24,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.bits, options.group_size = FORMATS[options.format]
-    if options.bits == 0:
-        options.bits = 2
-        ternary = named("ternary")
-        native_llama.uniform = lambda _: ternary
     pool = plane().Pool(options.threads)
     decoder = plane().Decoder(native_llama.make_table(options, pool), 1024, native_llama.PAGE, "float16", pool, True)
     read = decoder.weight_bytes - native_llama.VOCABULARY * native_llama.HIDDEN * 2
