@@ -1,4 +1,4 @@
-// Attention over a paged cache, a page at a time with the online softmax (Milakov and Gimelshein 2018,
+// Attention over a paged cache, four pages at a time with the online softmax (Milakov and Gimelshein 2018,
 // https://arxiv.org/abs/1805.02867): memory is linear in the length, and no matrix of scores exists.
 //
 //   m' = max(m, max_j s_j)    l' = l·e^(m-m') + Σ_j e^(s_j-m')    out' = out·e^(m-m') + Σ_j e^(s_j-m') v_j
@@ -82,55 +82,38 @@ inline void score(const float* const* queries, const float* keys, int size, int 
     for (int r = 0; r < R; ++r) scores[r * stride + j] = score_alone(queries[r], keys + j, size, page);
 }
 
-// out = out · keep + Σ_j weights[j] · values[j], j from first to last-1
-inline void accumulate(float* out, float keep, const float* weights, const float* values, int first, int last, int size) {
-  int d = 0;
-  for (; d + 32 <= size; d += 32) {
-    Floats a = load(out + d) * keep, b = load(out + d + 8) * keep;
-    Floats e = load(out + d + 16) * keep, f = load(out + d + 24) * keep;
-    for (int j = first; j < last; ++j) {
-      const float* row = values + j * size + d;
-      a += weights[j] * load(row);
-      b += weights[j] * load(row + 8);
-      e += weights[j] * load(row + 16);
-      f += weights[j] * load(row + 24);
-    }
-    store(out + d, a);
-    store(out + d + 8, b);
-    store(out + d + 16, e);
-    store(out + d + 24, f);
-  }
-  for (; d < size; ++d) {
-    float total = out[d] * keep;
-    for (int j = first; j < last; ++j) total += weights[j] * values[j * size + d];
-    out[d] = total;
-  }
+// One number of a row's output; never inlined, as score_alone.
+__attribute__((noinline)) float accumulate_alone(float total, const float* weights, const float* values, int first, int last,
+                                                 int size) {
+  for (int j = first; j < last; ++j) total += weights[j] * values[j * size];
+  return total;
 }
 
-// Scores of positions first … last-1 of a page into the running softmax of one row. Lanes outside hold rubbish, which
-// is replaced before it is counted; scores has room for whole registers.
-inline void absorb(float* scores, int first, int last, const AttentionQueries& q, float* state, const float* values,
-                   int size, float* out) {
-  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  Floats tops = all(kNothing);
-  for (int j = first / 8 * 8; j < last; j += 8) {
-    Floats s = load(scores + j) * q.scale;
-    if (q.soft_cap != 0) s = q.soft_cap * hyperbolic_tangent(s / q.soft_cap);
-    s = ((lanes + j >= first) & (lanes + j < last)) ? s : all(kNothing);
-    store(scores + j, s);
-    tops = larger(tops, s);
+// outs[r] += Σ_j weights[r][j] · values[j], j from first to last-1, for R rows that read the values together
+template <int R>
+inline void accumulate(float* const* outs, const float* const* weights, const float* values, int first, int last, int size) {
+  int d = 0;
+  for (; d + 16 <= size; d += 16) {
+    Floats low[R], high[R];
+    for (int r = 0; r < R; ++r) {
+      low[r] = load(outs[r] + d);
+      high[r] = load(outs[r] + d + 8);
+    }
+    for (int j = first; j < last; ++j) {
+      const Floats a = load(values + j * size + d), b = load(values + j * size + d + 8);
+      for (int r = 0; r < R; ++r) {
+        const Floats weight = all(weights[r][j]);
+        low[r] += weight * a;
+        high[r] += weight * b;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store(outs[r] + d, low[r]);
+      store(outs[r] + d + 8, high[r]);
+    }
   }
-  const float top = largest(tops), maximum = top > state[0] ? top : state[0];
-  const float keep = exponential(all(state[0] - maximum))[0];
-  Floats total = {};
-  for (int j = first / 8 * 8; j < last; j += 8) {
-    const Floats power = exponential(load(scores + j) - maximum);
-    store(scores + j, power);
-    total += power;
-  }
-  state[0] = maximum;
-  state[1] = state[1] * keep + sum(total);
-  accumulate(out, keep, scores, values, first, last, size);
+  for (; d < size; ++d)
+    for (int r = 0; r < R; ++r) outs[r][d] = accumulate_alone(outs[r][d], weights[r], values + d, first, last, size);
 }
 
 // Where a row's query and output lie.
@@ -138,52 +121,141 @@ inline int64_t row_place(const AttentionQueries& q, int row, int size) {
   return row / q.heads * q.token_stride + static_cast<int64_t>(row % q.heads) * size;
 }
 
-constexpr int kTogether = 4;  // rows that read keys from a register together
+// Positions that a row sees, in a page that begins at `start`: from first to last-1, counted in the page.
+struct Seen {
+  int first, last;
+  bool none() const { return first >= last; }
+  bool operator==(const Seen& other) const { return first == other.first && last == other.last; }
+};
 
-// One page for all rows.
-inline void attend_page(const AttentionQueries& q, int start, int page, int size, const float* keys, const float* values,
-                        float* scores, int64_t stride, float* states) {
-  const int rows = q.tokens * q.heads;
-  for (int first = 0; first < rows; first += kTogether) {
-    const int count = rows - first < kTogether ? rows - first : kTogether;
-    if (q.position + (first + count - 1) / q.heads < start) continue;  // the page is later than all of them
+inline Seen seen_of(const AttentionQueries& q, int row, int start, int page) {
+  const int position = q.position + row / q.heads, end = position + 1 - start;
+  const int lost = q.window > 0 ? end - q.window : 0;
+  return Seen{lost > 0 ? lost : 0, end < page ? end : page};
+}
+
+constexpr int kTogether = kAttentionRows;   // rows that read keys and values from a register together
+constexpr int kGroupPages = kAttentionPages;  // pages between two looks at the maximum
+
+// Neighbouring pages [first, last] of one group.
+struct PageGroup {
+  const CacheLayer& cache;
+  const AttentionQueries& q;
+  int first, last;
+  int64_t stride;
+  float* wide;    // one page's keys or values
+  float* scores;  // [row][kGroupPages][stride]
+  float* states;  // [row]: maximum and sum
+
+  int rows() const { return q.tokens * q.heads; }
+  int start_of(int page) const { return page * cache.page_size; }
+  int64_t slab(int page) const { return static_cast<int64_t>(q.pages[page]) * cache.kv_heads + q.kv_head; }
+  float* of(int row, int page) const { return scores + (static_cast<int64_t>(row) * kGroupPages + page - first) * stride; }
+  Seen seen(int row, int page) const { return seen_of(q, row, start_of(page), cache.page_size); }
+};
+
+inline void score_page(const PageGroup& group, int page) {
+  const AttentionQueries& q = group.q;
+  const int size = group.cache.head_size, length = group.cache.page_size, rows = group.rows();
+  const float* keys = widen_keys(group.cache, group.slab(page), group.wide);
+  for (int row = 0; row < rows; row += kTogether) {
+    const int count = rows - row < kTogether ? rows - row : kTogether;
+    if (group.seen(row + count - 1, page).last <= 0) continue;  // the page is later than all of them
     const float* queries[kTogether];
-    for (int r = 0; r < kTogether; ++r) queries[r] = q.queries + row_place(q, first + (r < count ? r : 0), size);
+    for (int r = 0; r < count; ++r) queries[r] = q.queries + row_place(q, row + r, size);
     if (count == kTogether) {
-      score<kTogether>(queries, keys, size, page, scores, stride);
+      score<kTogether>(queries, keys, size, length, group.of(row, page), kGroupPages * group.stride);
     } else {
-      for (int r = 0; r < count; ++r) score<1>(queries + r, keys, size, page, scores + r * stride, stride);
+      for (int r = 0; r < count; ++r) score<1>(queries + r, keys, size, length, group.of(row + r, page), 0);
     }
+  }
+}
+
+// A row's scores become their powers, its maximum and sum are brought up to date, and its output is scaled down to the
+// new maximum. Lanes that it does not see hold rubbish, which is replaced before it is counted.
+inline void absorb(const PageGroup& group, int row) {
+  const AttentionQueries& q = group.q;
+  const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  float* scores = group.of(row, group.first);
+  const int64_t count = (group.last - group.first + 1) * group.stride;
+  Floats tops = all(kNothing);
+  bool any = false;
+  for (int page = group.first; page <= group.last; ++page) {
+    const Seen seen = group.seen(row, page);
+    any |= !seen.none();
+    for (int j = 0; j < group.stride; j += 8) {
+      float* at = group.of(row, page) + j;
+      Floats s = all(kNothing);
+      if (j + 8 > seen.first && j < seen.last) {
+        s = load(at) * q.scale;
+        if (q.soft_cap != 0) s = q.soft_cap * hyperbolic_tangent(s / q.soft_cap);
+        s = ((lanes + j >= seen.first) & (lanes + j < seen.last)) ? s : all(kNothing);
+      }
+      store(at, s);
+      tops = larger(tops, s);
+    }
+  }
+  if (!any) return;
+  float* state = group.states + 2 * row;
+  const float top = largest(tops), maximum = top > state[0] ? top : state[0];
+  const float keep = exponential(all(state[0] - maximum))[0];
+  Floats total = {};
+  for (int64_t j = 0; j < count; j += 8) {
+    const Floats power = exponential(load(scores + j) - maximum);
+    store(scores + j, power);
+    total += power;
+  }
+  state[0] = maximum;
+  state[1] = state[1] * keep + sum(total);
+  if (keep == 1.0f) return;
+  float* out = q.out + row_place(q, row, group.cache.head_size);
+  for (int d = 0; d < group.cache.head_size; ++d) out[d] *= keep;
+}
+
+inline void accumulate_page(const PageGroup& group, int page) {
+  const AttentionQueries& q = group.q;
+  const int size = group.cache.head_size, rows = group.rows();
+  const float* values = widen_values(group.cache, group.slab(page), group.wide);
+  for (int row = 0; row < rows; row += kTogether) {
+    const int count = rows - row < kTogether ? rows - row : kTogether;
+    float* outs[kTogether];
+    const float* weights[kTogether];
+    bool alike = count == kTogether;
     for (int r = 0; r < count; ++r) {
-      const int position = q.position + (first + r) / q.heads;
-      const int seen = position + 1 - start < page ? position + 1 - start : page;
-      const int lost = q.window > 0 && position + 1 - q.window > start ? position + 1 - q.window - start : 0;
-      if (lost >= seen) continue;
-      absorb(scores + r * stride, lost, seen, q, states + 2 * (first + r), values, size, q.out + row_place(q, first + r, size));
+      outs[r] = q.out + row_place(q, row + r, size);
+      weights[r] = group.of(row + r, page);
+      alike &= group.seen(row + r, page) == group.seen(row, page);
+    }
+    const Seen seen = group.seen(row, page);
+    if (alike && !seen.none()) accumulate<kTogether>(outs, weights, values, seen.first, seen.last, size);
+    for (int r = 0; r < count && !alike; ++r) {
+      const Seen own = group.seen(row + r, page);
+      if (!own.none()) accumulate<1>(outs + r, weights + r, values, own.first, own.last, size);
     }
   }
 }
 
 void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) {
   const int size = cache.head_size, page = cache.page_size, rows = q.tokens * q.heads;
-  const int64_t slab = static_cast<int64_t>(size) * page, stride = (page + 7) / 8 * 8;
-  float* wide_keys = scratch;
-  float* wide_values = wide_keys + slab;
-  float* scores = wide_values + slab;
-  float* states = scores + kTogether * stride;
+  const int64_t stride = (page + 7) / 8 * 8;
+  float* wide = scratch;
+  float* states = wide + static_cast<int64_t>(size) * page;
+  float* scores = states + 2 * rows;
   for (int row = 0; row < rows; ++row) {
     states[2 * row] = kNothing;
     states[2 * row + 1] = 0;
     float* out = q.out + row_place(q, row, size);
     for (int d = 0; d < size; ++d) out[d] = 0;
   }
-  const int oldest = q.window > 0 && q.position + 1 > q.window ? q.position + 1 - q.window : 0;
-  const int newest = q.position + q.tokens - 1;
-  for (int number = oldest / page; number <= newest / page; ++number) {
-    const int64_t slab_number = static_cast<int64_t>(q.pages[number]) * cache.kv_heads + q.kv_head;
-    const float* keys = widen_keys(cache, slab_number, wide_keys);
-    const float* values = widen_values(cache, slab_number, wide_values);
-    attend_page(q, number * page, page, size, keys, values, scores, stride, states);
+  const int oldest = q.window > 0 && q.position + 1 > q.window ? (q.position + 1 - q.window) / page : 0;
+  const int newest = (q.position + q.tokens - 1) / page;
+  // Groups begin at the same pages whatever is asked, so that a row's sums do not depend on what runs beside it.
+  for (int first = oldest / kGroupPages * kGroupPages; first <= newest; first += kGroupPages) {
+    const int last = first + kGroupPages - 1;
+    const PageGroup group{cache, q, first < oldest ? oldest : first, last < newest ? last : newest, stride, wide, scores, states};
+    for (int number = group.first; number <= group.last; ++number) score_page(group, number);
+    for (int row = 0; row < rows; ++row) absorb(group, row);
+    for (int number = group.first; number <= group.last; ++number) accumulate_page(group, number);
   }
   for (int row = 0; row < rows; ++row) {
     float* out = q.out + row_place(q, row, size);

@@ -143,10 +143,11 @@ template <int BITS, Units UNITS, bool CENTRED, int RUN, bool EACH>
 void few_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span span, float* out, int64_t stride) {
   constexpr int kTiles = RUN == kChunkSteps ? 2 : 1;
   int32_t* starts = CENTRED && BITS != 8 ? run_starts<RUN>(inputs, weight.cut, weight.zero) : nullptr;
+  const int all_tiles = (weight.rows + kTileRows - 1) / kTileRows;
   const int64_t tiles_bytes = kTiles * static_cast<int64_t>(weight.cut.chunks) * kChunkColumns * BITS;
   for (int tile = span.first; tile < span.last; tile += kTiles) {
     const int last = tile + kTiles <= span.last ? kTiles - 1 : 0;  // the only tile that is left takes both places
-    const int64_t ahead = tile + 2 * kTiles <= span.last ? tiles_bytes : 0;
+    const int64_t ahead = tile + 2 * kTiles <= all_tiles ? tiles_bytes : 0;  // the next span's too: somebody takes it at once
     few_tokens_of<BITS, UNITS, CENTRED, RUN, EACH>(weight, inputs, tile, last, ahead, starts, out, stride);
   }
   delete[] starts;

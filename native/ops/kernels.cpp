@@ -28,8 +28,8 @@ const Kernels& find_kernels(const std::string& name) {
 
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads) {
   const int64_t rows = static_cast<int64_t>(tokens) * heads, page = cache.page_size;
-  // a page's keys and values in float32, scores of a few rows, maximum and sum of each row
-  return 2 * page * cache.head_size + 4 * (page + 8) + 2 * rows + 64;
+  // a page's keys or values in float32, scores of all rows, maximum and sum of each row
+  return page * cache.head_size + kAttentionPages * (page + 8) * rows + 2 * rows + 64;
 }
 
 }  // namespace fettle

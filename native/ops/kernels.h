@@ -91,6 +91,9 @@ struct Kernels {
   decltype(&portable_sparse_values_row) sparse_values_row = portable_sparse_values_row;
 };
 
+constexpr int kAttentionRows = 4;   // that read the keys and values of a page together
+constexpr int kAttentionPages = 4;  // whose scores are taken together
+
 // Floats of scratch that `attend` needs.
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads);
 
