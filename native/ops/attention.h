@@ -1,4 +1,4 @@
-// Attention over a paged cache, four pages at a time with the online softmax (Milakov and Gimelshein 2018,
+// Attention over a paged cache, some dozens of positions at a time with the online softmax (Milakov and Gimelshein 2018,
 // https://arxiv.org/abs/1805.02867): memory is linear in the length, and no matrix of scores exists.
 //
 //   m' = max(m, max_j s_j)    l' = l·e^(m-m') + Σ_j e^(s_j-m')    out' = out·e^(m-m') + Σ_j e^(s_j-m') v_j
@@ -112,6 +112,15 @@ inline void accumulate(float* const* outs, const float* const* weights, const fl
       store(outs[r] + d + 8, high[r]);
     }
   }
+  for (; d + 8 <= size; d += 8) {
+    Floats sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = load(outs[r] + d);
+    for (int j = first; j < last; ++j) {
+      const Floats value = load(values + j * size + d);
+      for (int r = 0; r < R; ++r) sums[r] += all(weights[r][j]) * value;
+    }
+    for (int r = 0; r < R; ++r) store(outs[r] + d, sums[r]);
+  }
   for (; d < size; ++d)
     for (int r = 0; r < R; ++r) outs[r][d] = accumulate_alone(outs[r][d], weights[r], values + d, first, last, size);
 }
@@ -134,8 +143,7 @@ inline Seen seen_of(const AttentionQueries& q, int row, int start, int page) {
   return Seen{lost > 0 ? lost : 0, end < page ? end : page};
 }
 
-constexpr int kTogether = kAttentionRows;   // rows that read keys and values from a register together
-constexpr int kGroupPages = kAttentionPages;  // pages between two looks at the maximum
+constexpr int kTogether = 4;  // rows that read keys and values from a register together
 
 // Neighbouring pages [first, last] of one group.
 struct PageGroup {
@@ -144,13 +152,14 @@ struct PageGroup {
   int first, last;
   int64_t stride;
   float* wide;    // one page's keys or values
-  float* scores;  // [row][kGroupPages][stride]
+  float* scores;  // [row][most][stride]
   float* states;  // [row]: maximum and sum
+  int most;       // pages of a whole group
 
   int rows() const { return q.tokens * q.heads; }
   int start_of(int page) const { return page * cache.page_size; }
   int64_t slab(int page) const { return static_cast<int64_t>(q.pages[page]) * cache.kv_heads + q.kv_head; }
-  float* of(int row, int page) const { return scores + (static_cast<int64_t>(row) * kGroupPages + page - first) * stride; }
+  float* of(int row, int page) const { return scores + (static_cast<int64_t>(row) * most + page - first) * stride; }
   Seen seen(int row, int page) const { return seen_of(q, row, start_of(page), cache.page_size); }
 };
 
@@ -164,7 +173,7 @@ inline void score_page(const PageGroup& group, int page) {
     const float* queries[kTogether];
     for (int r = 0; r < count; ++r) queries[r] = q.queries + row_place(q, row + r, size);
     if (count == kTogether) {
-      score<kTogether>(queries, keys, size, length, group.of(row, page), kGroupPages * group.stride);
+      score<kTogether>(queries, keys, size, length, group.of(row, page), group.most * group.stride);
     } else {
       for (int r = 0; r < count; ++r) score<1>(queries + r, keys, size, length, group.of(row + r, page), 0);
     }
@@ -237,6 +246,7 @@ inline void accumulate_page(const PageGroup& group, int page) {
 
 void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) {
   const int size = cache.head_size, page = cache.page_size, rows = q.tokens * q.heads;
+  const int most = pages_together(page);
   const int64_t stride = (page + 7) / 8 * 8;
   float* wide = scratch;
   float* states = wide + static_cast<int64_t>(size) * page;
@@ -250,9 +260,9 @@ void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) 
   const int oldest = q.window > 0 && q.position + 1 > q.window ? (q.position + 1 - q.window) / page : 0;
   const int newest = (q.position + q.tokens - 1) / page;
   // Groups begin at the same pages whatever is asked, so that a row's sums do not depend on what runs beside it.
-  for (int first = oldest / kGroupPages * kGroupPages; first <= newest; first += kGroupPages) {
-    const int last = first + kGroupPages - 1;
-    const PageGroup group{cache, q, first < oldest ? oldest : first, last < newest ? last : newest, stride, wide, scores, states};
+  for (int first = oldest / most * most; first <= newest; first += most) {
+    const int last = first + most - 1;
+    const PageGroup group{cache, q, first < oldest ? oldest : first, last < newest ? last : newest, stride, wide, scores, states, most};
     for (int number = group.first; number <= group.last; ++number) score_page(group, number);
     for (int row = 0; row < rows; ++row) absorb(group, row);
     for (int number = group.first; number <= group.last; ++number) accumulate_page(group, number);

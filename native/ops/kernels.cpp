@@ -29,7 +29,7 @@ const Kernels& find_kernels(const std::string& name) {
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads) {
   const int64_t rows = static_cast<int64_t>(tokens) * heads, page = cache.page_size;
   // a page's keys or values in float32, scores of all rows, maximum and sum of each row
-  return page * cache.head_size + kAttentionPages * (page + 8) * rows + 2 * rows + 64;
+  return page * cache.head_size + pages_together(cache.page_size) * (page + 8) * rows + 2 * rows + 64;
 }
 
 }  // namespace fettle

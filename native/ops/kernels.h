@@ -91,8 +91,8 @@ struct Kernels {
   decltype(&portable_sparse_values_row) sparse_values_row = portable_sparse_values_row;
 };
 
-constexpr int kAttentionRows = 4;   // that read the keys and values of a page together
-constexpr int kAttentionPages = 4;  // whose scores are taken together
+// Pages whose scores attention takes together: some dozens of positions pay for one look at the largest score.
+constexpr int pages_together(int page_size) { return page_size < 64 ? 64 / page_size : 1; }
 
 // Floats of scratch that `attend` needs.
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads);
