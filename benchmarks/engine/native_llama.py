@@ -108,6 +108,7 @@ def main() -> None:
         ("threads", 2),
         ("repeats", 5),
         ("decode", 16),
+        ("context", 512),  # tokens that are there when decoding begins
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
@@ -126,15 +127,16 @@ def main() -> None:
         found["peak"].append(plane().integer_peak(pool, 1))
         found["prefill"].append(512 / seconds(decoder, batch_of(1, 512, 0)))
         found["decode"].append(
-            options.decode / sum(seconds(decoder, batch_of(1, 1, 512 + i)) for i in range(options.decode))
+            options.decode / sum(seconds(decoder, batch_of(1, 1, options.context + i)) for i in range(options.decode))
         )
-        found["decode8"].append(8 / seconds(decoder, batch_of(8, 1, 512)))
+        found["decode8"].append(8 / seconds(decoder, batch_of(8, 1, options.context)))
         found["memory_share"].append(found["decode"][-1] * read / found["bandwidth"][-1])
         found["arithmetic_share"].append(found["prefill"][-1] * 2 * weights / found["peak"][-1])
     middle = {name: statistics.median(values) for name, values in found.items()}
     print(json.dumps({
         "benchmark": "native_llama", "bits": options.bits, "group_size": options.group_size, "blocks": options.blocks,
-        "threads": options.threads, "weight_bytes_read": read, "seconds_to_make": round(loading, 2),
+        "threads": options.threads, "context": options.context, "weight_bytes_read": read,
+        "seconds_to_make": round(loading, 2),
         "prefill_tokens_per_second": round(middle["prefill"], 2),
         "decode_tokens_per_second": round(middle["decode"], 2),
         "decode_tokens_per_second_8": round(middle["decode8"], 2),
