@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--scale-rate", type=float, default=1.0, help="of qat's scales, times its rate")
     found.add_argument("--ternary", default="group", choices=("group", "channel", "tensor"))
     found.add_argument("--layers", type=int, default=3, help="a student's blocks")
+    found.add_argument("--student-map", default="uniform", help="which blocks a student keeps: uniform, influence, …")
     found.add_argument("--student-rate", type=float, default=1e-3)
     found.add_argument(
         "--signals", default="hard labels+soft labels", help=f"{'; '.join(SIGNALS)}; two teachers; with +"

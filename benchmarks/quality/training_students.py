@@ -24,7 +24,9 @@ SIGNALS: dict[str, dict[str, Any]] = {
 def student(bench: Bench) -> None:
     """Fewer blocks: untrained, then with every choice of signals in `--signals` for the same steps."""
     a = bench.arguments
-    untrained = Distill(**bench.fields(steps=1, learning_rate=0.0, layers=a.layers, keep="last"))
+    untrained = Distill(
+        **bench.fields(steps=1, learning_rate=0.0, layers=a.layers, student_map=a.student_map, keep="last")
+    )
     made, _ = bench.trained("fewer blocks", untrained, a.model)
     share = parameters(made) / parameters(fettle.load(a.model).folder)
     _told(bench, "untrained", made, parameters=share, times_faster=faster(bench, made))
