@@ -27,26 +27,18 @@ inline const float* widen(const void* from, Number type, int64_t first, int64_t 
   return scratch;
 }
 
-// Codes of a slab → values; a scale belongs to a position, which is a column of keys and a row of values.
-inline const float* widen_keys(const CacheLayer& cache, int64_t slab_number, float* scratch) {
-  const int64_t slab = static_cast<int64_t>(cache.head_size) * cache.page_size, first = slab_number * slab;
-  if (cache.type != Number::int8) return widen(cache.keys, cache.type, first, slab, scratch);
-  const int8_t* codes = static_cast<const int8_t*>(cache.keys) + first;
-  const float* scales = cache.key_scales + slab_number * cache.page_size;
-  for (int d = 0; d < cache.head_size; ++d)
-    for (int j = 0; j < cache.page_size; ++j)
-      scratch[d * cache.page_size + j] = static_cast<float>(codes[d * cache.page_size + j]) * scales[j];
-  return scratch;
-}
-
-inline const float* widen_values(const CacheLayer& cache, int64_t slab_number, float* scratch) {
-  const int64_t slab = static_cast<int64_t>(cache.head_size) * cache.page_size, first = slab_number * slab;
-  if (cache.type != Number::int8) return widen(cache.values, cache.type, first, slab, scratch);
-  const int8_t* codes = static_cast<const int8_t*>(cache.values) + first;
-  const float* scales = cache.value_scales + slab_number * cache.page_size;
-  for (int j = 0; j < cache.page_size; ++j)
-    for (int d = 0; d < cache.head_size; ++d)
-      scratch[j * cache.head_size + d] = static_cast<float>(codes[j * cache.head_size + d]) * scales[j];
+// A page's keys [head_size][page] or values [page][head_size] of one head as floats. A scale of codes belongs to a
+// position, which is a column of keys and a row of values.
+template <bool KEYS>
+inline const float* widen_page(const CacheLayer& cache, int64_t slab_number, float* scratch) {
+  const int outer = KEYS ? cache.head_size : cache.page_size, inner = KEYS ? cache.page_size : cache.head_size;
+  const int64_t slab = static_cast<int64_t>(outer) * inner, first = slab_number * slab;
+  const void* numbers = KEYS ? cache.keys : cache.values;
+  if (cache.type != Number::int8) return widen(numbers, cache.type, first, slab, scratch);
+  const int8_t* codes = static_cast<const int8_t*>(numbers) + first;
+  const float* scales = (KEYS ? cache.key_scales : cache.value_scales) + slab_number * cache.page_size;
+  for (int i = 0; i < outer; ++i)
+    for (int j = 0; j < inner; ++j) scratch[i * inner + j] = static_cast<float>(codes[i * inner + j]) * scales[KEYS ? j : i];
   return scratch;
 }
 
@@ -166,7 +158,7 @@ struct PageGroup {
 inline void score_page(const PageGroup& group, int page) {
   const AttentionQueries& q = group.q;
   const int size = group.cache.head_size, length = group.cache.page_size, rows = group.rows();
-  const float* keys = widen_keys(group.cache, group.slab(page), group.wide);
+  const float* keys = widen_page<true>(group.cache, group.slab(page), group.wide);
   for (int row = 0; row < rows; row += kTogether) {
     const int count = rows - row < kTogether ? rows - row : kTogether;
     if (group.seen(row + count - 1, page).last <= 0) continue;  // the page is later than all of them
@@ -224,7 +216,7 @@ inline void absorb(const PageGroup& group, int row) {
 inline void accumulate_page(const PageGroup& group, int page) {
   const AttentionQueries& q = group.q;
   const int size = group.cache.head_size, rows = group.rows();
-  const float* values = widen_values(group.cache, group.slab(page), group.wide);
+  const float* values = widen_page<false>(group.cache, group.slab(page), group.wide);
   for (int row = 0; row < rows; row += kTogether) {
     const int count = rows - row < kTogether ? rows - row : kTogether;
     float* outs[kTogether];
@@ -262,7 +254,8 @@ void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) 
   // Groups begin at the same pages whatever is asked, so that a row's sums do not depend on what runs beside it.
   for (int first = oldest / most * most; first <= newest; first += most) {
     const int last = first + most - 1;
-    const PageGroup group{cache, q, first < oldest ? oldest : first, last < newest ? last : newest, stride, wide, scores, states, most};
+    const int from = first < oldest ? oldest : first, to = last < newest ? last : newest;
+    const PageGroup group{cache, q, from, to, stride, wide, scores, states, most};
     for (int number = group.first; number <= group.last; ++number) score_page(group, number);
     for (int row = 0; row < rows; ++row) absorb(group, row);
     for (int number = group.first; number <= group.last; ++number) accumulate_page(group, number);
