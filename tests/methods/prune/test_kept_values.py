@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fettle
 from fettle.errors import RecipeError
+from fettle.methods.prune import sparsegpt
 from fettle.methods.prune.kept_values import KeptValuesTuner
 from fettle.methods.prune.sparsegpt import SparseGpt
 from fettle.models.anatomy import read_anatomy
@@ -108,3 +110,37 @@ def test_the_walk_tunes_blocks(tiny_llama: Path, text_file: Path, tmp_path: Path
     assert all(torch.equal(one, other) for one, other in zip(masks[0], masks[40], strict=True))
     with pytest.raises(RecipeError, match="tune_steps"):
         parse_recipe({"name": "t", "steps": [{"method": "sparsegpt", "tune_steps": -1}]}, "test")
+
+
+def test_blocks_are_tuned_without_being_asked_unless_they_are_large(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones are; larger ones say why not, and get what no steps give; who names a number gets it."""
+    assert SparseGpt().tuner() == SparseGpt(tune_steps=None).tuner()
+    assert SparseGpt(heal="none", rounds=1).tuner() is None  # the paper
+    assert SparseGpt(tune_steps=0).tuner() is None
+    asked, usual = SparseGpt(tune_steps=100).tuner(), SparseGpt().tuner()
+    assert asked is not None and asked.most_weights is None
+    assert usual is not None and usual.most_weights == sparsegpt.MOST_WEIGHTS
+    monkeypatch.setattr(sparsegpt, "USUAL_STEPS", 20)
+
+    def compress(name: str, **fields: object) -> tuple[dict[str, str], dict[str, str]]:
+        fixed = {"sparsity": 0.9, "tune_rate": 0.05, "where": {"role": ["output", "down"]}}
+        step = {"method": "sparsegpt", **fixed, **fields}
+        calibration = {"windows": 16, "length": 32, "text": str(text_file)}
+        recipe = parse_recipe({"name": "t", "calibration": calibration, "steps": [step]}, "test")
+        made = fettle.compress(tiny_llama, tmp_path / name, recipe, evaluate=False)
+        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / name).glob("*.safetensors")}
+        return hashes, {line["linear"]: line["note"] for line in made.summary["ledger"]}
+
+    small, notes = compress("small")
+    assert small == compress("asked", tune_steps=20)[0]
+    assert not any(notes.values())
+    size = 64 * 64 + 64 * 172
+    monkeypatch.setattr(sparsegpt, "MOST_WEIGHTS", size)
+    assert SparseGpt().tuner().most_weights == size  # type: ignore[union-attr]
+    assert not any(compress("as large")[1].values())
+    monkeypatch.setattr(sparsegpt, "MOST_WEIGHTS", size - 1)
+    large, notes = compress("large")
+    assert large == compress("none", tune_steps=0)[0] != small
+    assert set(notes.values()) == {f"not tuned: {size:,} weights in the block, more than {size - 1:,}"}

@@ -77,11 +77,13 @@ class KeptValuesTuner:
         steps: gradient steps a block.
         batch_windows: windows a step.
         rate: how far a value can travel in all, in the root mean square of its matrix; a code, in levels.
+        most_weights: a block with more weights to tune is left as it is; None: none is.
     """
 
     steps: int
     batch_windows: int
     rate: float
+    most_weights: int | None = None
 
     def tune(
         self, start: Mapping[str, MaskedTensor], weights: Mapping[str, Tensor], block: BlockView

@@ -16,7 +16,9 @@ ones to make up for what goes, the mask comes from `rounds` of that instead of f
 the least w² / [H⁻¹]_jj go, among all columns, and what stays is healed. N:M keeps the sweep's mask, which measured no
 worse. `heal: none` is the paper; `rounds: 1` heals behind the sweep.
 
-`tune_steps` move what stayed of a whole block afterwards, by the gradient of its outputs (`kept_values.py`).
+`tune_steps` move what stayed of a whole block afterwards, by the gradient of its outputs (`kept_values.py`). Who says
+nothing gets 100 of them in blocks of at most 8 · 2^20 weights, where they take minutes of one core; a larger block's
+would take longer than everything else together, so there they have to be asked for. `heal: none` means the paper.
 
 With `bits` a sweep that rounds follows from the healed weights, the mask held. Nothing is lost by that: at the optimum
 h the error has no slope along what stayed, so tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant.
@@ -65,6 +67,8 @@ from fettle.tensors.scales import stack
 from fettle.tensors.scheme import Scheme
 
 EARLY_STEPS = 10  # of healing in every round but the last
+USUAL_STEPS = 100  # of the tuner where nobody said how many
+MOST_WEIGHTS = 8 * 2**20  # of a block that is tuned without being asked
 Tiles = Sequence[tuple[slice, Pruner]]  # rows that are worked on together, and what decides their mask
 
 
@@ -106,9 +110,14 @@ class SparseGpt(PruneFields):
         },
     )
 
-    tune_steps: int = field(
-        default=0,
-        metadata={"help": "gradient steps a block that move what stays; 0 for none", "minimum": 0, "maximum": 100_000},
+    tune_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"gradient steps a block that move what stays; none for {USUAL_STEPS} in blocks of at most "
+            f"{MOST_WEIGHTS // 2**20} · 2^20 weights, and for 0 in larger ones and with heal: none",
+            "minimum": 0,
+            "maximum": 100_000,
+        },
     )
     tune_windows: int = field(default=8, metadata={"help": "windows a step of these", "minimum": 1})
     tune_rate: float = field(
@@ -122,9 +131,12 @@ class SparseGpt(PruneFields):
 
     def tuner(self) -> Tuner[MaskedTensor] | None:
         """What moves the values that stayed of a whole block; None for no steps."""
-        if not self.tune_steps:
+        usual = 0 if self.heal == "none" else USUAL_STEPS
+        steps = usual if self.tune_steps is None else self.tune_steps
+        if not steps:
             return None
-        return KeptValuesTuner(steps=self.tune_steps, batch_windows=self.tune_windows, rate=self.tune_rate)
+        most = MOST_WEIGHTS if self.tune_steps is None else None
+        return KeptValuesTuner(steps=steps, batch_windows=self.tune_windows, rate=self.tune_rate, most_weights=most)
 
     def validate(self) -> None:
         """Checks that the fields fit together.
