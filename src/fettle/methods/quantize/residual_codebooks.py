@@ -168,6 +168,8 @@ class ResidualCodebooks:
 class VectorTuner:
     """Learned rounding's steps on vector codes."""
 
+    most_weights: ClassVar[None] = None
+
     options: RoundingTuner
 
     def tune(
@@ -185,7 +187,7 @@ def vector_codes(weight: Tensor, factor: VectorFactor, scheme: VectorScheme, *, 
         NonFiniteError: a scale beyond its type.
     """
     filled = filled_up(weight)
-    width = scheme.group_size or filled.shape[1]
+    width = min(scheme.group_size or filled.shape[1], filled.shape[1])
     groups = torch.split(filled, width, dim=1)
     spread = torch.stack([group.square().mean(1).sqrt() for group in groups], dim=1)
     start = SPREAD[scheme.bits] * spread / scheme.stages[0].energy ** 0.5
