@@ -232,6 +232,27 @@ def test_damaged_input_scales_are_refused() -> None:
             type(made).from_state(state, SCHEME)
 
 
+def test_the_unit_of_groups_is_stored_and_checked() -> None:
+    activations = Activations(bits=4, granularity="tensor_group", grid="float")
+    scheme = Scheme(grid=uniform(8), granularity="channel", activations=activations)
+    assert scheme.has_input_scale
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+    fixed = InputScale.spanning(-1.0, 2.0, activations, torch.bfloat16)
+    made = replace(quantize(torch.randn(5, 13), torch.full((5, 1), 0.02), None, scheme), input_scale=fixed)
+    state = made.to_state()
+    assert state["input_global_scale"].tolist() == [6 * 448 / 2]
+    assert sum(t.nbytes for t in state.values()) == made.nbytes()
+    back = type(made).from_state(state, scheme)
+    assert back.input_quantizer is not None
+    inputs = some_inputs(4, 13)
+    assert torch.equal(back.input_quantizer(inputs), InputQuantizer(activations=activations, fixed=fixed)(inputs))
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match=r"input_global_scale is .*a scale is above 0"):
+            type(made).from_state({**state, "input_global_scale": torch.tensor([bad])}, scheme)
+    with pytest.raises(CheckpointError, match="input_global_scale is missing"):
+        type(made).from_state({name: t for name, t in state.items() if name != "input_global_scale"}, scheme)
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

@@ -37,7 +37,7 @@ class SoftValues:
 
     def values(self) -> Tensor:
         """The weight as a file would hold it, float32 [out, in]."""
-        return self.quantized().dequantize(torch.float32)
+        return self._value.to(self._scheme.torch_value_dtype).float()  # what went is zero, and no step moves it
 
     def quantized(self) -> MaskedTensor:
         """The values as they are now, in their stored type."""

@@ -17,8 +17,9 @@ the least w² / [H⁻¹]_jj go, among all columns, and what stays is healed. N:M
 worse. `heal: none` is the paper; `rounds: 1` heals behind the sweep.
 
 `tune_steps` move what stayed of a whole block afterwards, by the gradient of its outputs (`kept_values.py`). Who says
-nothing gets 100 of them in blocks of at most 8 · 2^20 weights, where they take minutes of one core; a larger block's
-would take longer than everything else together, so there they have to be asked for. `heal: none` means the paper.
+nothing gets 100 of them in blocks of at most 4 · 2^20 weights: at 0.7 million weights they take half a minute of one
+core, four times the rest (docs/results.md, "Masks"), and time grows with the weights, so such a block takes at most
+about three minutes. In a larger one they have to be asked for. `heal: none` means the paper, without.
 
 With `bits` a sweep that rounds follows from the healed weights, the mask held. Nothing is lost by that: at the optimum
 h the error has no slope along what stayed, so tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant.
@@ -30,7 +31,7 @@ the last. Memory: one float32 [in, in].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -68,7 +69,7 @@ from fettle.tensors.scheme import Scheme
 
 EARLY_STEPS = 10  # of healing in every round but the last
 USUAL_STEPS = 100  # of the tuner where nobody said how many
-MOST_WEIGHTS = 8 * 2**20  # of a block that is tuned without being asked
+MOST_WEIGHTS = 4 * 2**20  # of a block that is tuned without being asked
 Tiles = Sequence[tuple[slice, Pruner]]  # rows that are worked on together, and what decides their mask
 
 
@@ -142,9 +143,17 @@ class SparseGpt(PruneFields):
         """Checks that the fields fit together.
 
         Raises:
-            RecipeError: as for every pruning method; blocks whose rows no tile holds whole.
+            RecipeError: as for every pruning method; blocks whose rows no tile holds whole; what is about a tuner that
+                does not run.
         """
         super().validate()
+        for found in fields(self):
+            ignored = found.name in ("tune_windows", "tune_rate") and self.tuner() is None
+            if ignored and getattr(self, found.name) != found.default:
+                raise RecipeError(
+                    f"{found.name} is about tuning, and nothing is tuned (tune_steps={self.tune_steps}, heal="
+                    f"{self.heal}); set tune_steps: {USUAL_STEPS}, or leave it out"
+                )
         pattern = self.scheme("float32").shape_of_mask
         if ROW_TILE % pattern.rows:
             raise RecipeError(
