@@ -14,8 +14,8 @@ from fettle.errors import FettleError, RecipeError
 from fettle.methods.registry import BASES, METHODS, MODEL_METHODS, NETWORK_METHODS, build, from_fields
 
 NOT_NUMBERS = [float("nan"), float("inf"), -float("inf"), "", "x", [], {}, b"2", 2 + 1j]
-ODD_NUMBERS = [-1, -0.5, 0, 1, 1.5, 3, 7, 10**9, 2**63, True, None]
-ODD_WORDS = ["4:2", "0:4", "2:4", "0x4", "2000x1", "none", "GROUP"]
+ODD_NUMBERS = [-1, -0.5, 0, 1.5, 3, 10**9, 2**63, True, None]
+ODD_WORDS = ["4:2", "0:4", "0x4", "2000x1", "GROUP"]
 EVERYWHERE = {**METHODS, **MODEL_METHODS, **NETWORK_METHODS, **BASES}
 SLOW = {"steps", "tune_steps", "iterations"}  # loops that a bound ends, later than a test likes
 
@@ -41,7 +41,7 @@ def test_what_is_no_value_of_a_field_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_odd_values_are_refused_or_harmless(name: str) -> None:
     """A matrix method that takes a value compresses with it, to finite weights of the bytes that its scheme says."""
-    weight, statistics = random_weight(6, 40), statistics_of(40, 6)
+    weight, statistics = random_weight(4, 16), statistics_of(16, 4)
     cls: Any = METHODS[name]
     taken = 0
     for field in fields_of(cls):
