@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"{name} 2:4": {"method": name, "pattern": "2:4"} for name in SCORES[:3]},
     **{
         f"sparsegpt {name}, tuned {steps} steps": {"method": "sparsegpt", "tune_steps": steps, **pattern}
-        for name, pattern in (("50%", {}), ("2:4", {"pattern": "2:4"})) for steps in (100, 200)
+        for name, pattern in (("50%", {}), ("2:4", {"pattern": "2:4"})) for steps in (0, 50, 100, 200)
     },
     **{f"magnitude 50%, {how}": {"method": "magnitude", "allocation": how} for how in SPREADS},
     "sparsegpt 50%, sensitivity": {"method": "sparsegpt", "allocation": "sensitivity"},
@@ -57,7 +58,7 @@ def compress(args: argparse.Namespace, model: Any, out: Path, step: dict[str, An
 
 def measure(args: argparse.Namespace, step: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Writes one case and measures the folder."""
-    fields, started = dict(step), time.monotonic()
+    fields, started, began = dict(step), time.monotonic(), time.process_time()
     after, allocation = fields.pop("after", None), fields.pop("allocation", "uniform")
     out = folder / "out"
     if after is None:
@@ -65,11 +66,13 @@ def measure(args: argparse.Namespace, step: dict[str, Any], folder: Path) -> dic
     else:
         compress(args, args.model, folder / "pruned", fields, storage="dense")
         compress(args, folder / "pruned", out, after)
-    seconds = time.monotonic() - started
+    seconds, used = time.monotonic() - started, time.process_time() - began
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process so far: give it one case alone
     found = fettle.evaluate(out, reference=args.model, text=args.text, max_tokens=args.tokens)
     return {
         "kl": found.kl_mean, "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity,
         "bits_per_weight": found.bits_per_weight, "tokens": found.tokens, "seconds": round(seconds, 1),
+        "processor_seconds": round(used, 1), "peak_memory_bytes": peak,
     }  # fmt: skip
 
 

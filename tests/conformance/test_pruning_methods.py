@@ -204,6 +204,8 @@ def test_better_than_magnitude_in_its_own_objective(name: str, pattern: str) -> 
         ({"sparsity": 1.5}, "allowed: numbers from 0"),
         ({"rounds": 3, "heal": "none"}, "rounds=3 without healing"),
         ({"bits": 9}, "allowed: integers from 1 to 8"),
+        ({"asymmetric": True}, "asymmetric is about codes, and what stays keeps its values"),
+        ({"group_size": 64}, "group_size is about codes"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_reason(name: str, fields: dict[str, Any], match: str) -> None:

@@ -86,7 +86,14 @@ def test_candidates_have_short_unique_labels() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "empty"), ("gtpq", "did you mean 'gptq'"), ("gptq bits", "FIELD=VALUE"), ("gptq bits=99", "bits=99")],
+    [
+        ("", "empty"),
+        ("gtpq", "did you mean 'gptq'"),
+        ("gptq bits", "FIELD=VALUE"),
+        ("gptq bits=99", "bits=99"),
+        ('gptq bits="3', "No closing quotation"),
+        ("gptq bits=[3", "no value"),
+    ],
 )
 def test_impossible_candidates_are_refused(text: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):

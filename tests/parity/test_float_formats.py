@@ -147,6 +147,77 @@ def test_weights_and_inputs_in_the_mx_formats(base: Path, tmp_path: Path, bits: 
     assert float((ours - weights).abs().mean()) > 2 * float((ours - theirs).abs().mean())  # the inputs are rounded
 
 
+NVFP4 = {**CASES["nvfp4"][0], **TOKEN, "activation_bits": 4}
+
+
+def bfloat16(base: Path, folder: Path) -> Path:
+    """The same model as its makers would publish it."""
+    import transformers
+
+    transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder)
+    for side in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / side, folder)
+    return folder
+
+
+def in_float32(folder: Path) -> torch.Tensor:
+    """Logits of plain transformers, once it decompressed: in bfloat16 as it does, and then with float32 arithmetic."""
+    import transformers
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.compiler.set_stance("force_eager"):  # the standard compiles its rounding
+        reference_output(plain, IDS)
+        return reference_output(torch.nn.Module.float(plain), IDS)
+
+
+def test_weights_and_inputs_in_the_nv_format(base: Path, tmp_path: Path) -> None:
+    """The standard's words are its preset's, and plain transformers computes what we do from the same folder."""
+    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+
+    narrow = bfloat16(base, tmp_path / "narrow")
+    out = compress(narrow, tmp_path / "out", {"method": "gptq", **NVFP4})
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "nvfp4-pack-quantized")
+    (group,) = config["config_groups"].values()
+    wanted = preset_name_to_scheme("NVFP4", ["Linear"])
+    assert QuantizationArgs(**group["input_activations"]) == wanted.input_activations
+    assert QuantizationArgs(**group["weights"]) == wanted.weights
+    ours = reference_output(fettle.load(out).model, IDS)
+    torch.testing.assert_close(in_float32(out), ours, rtol=1e-5, atol=2e-6)
+    alone = compress(narrow, tmp_path / "alone", {"method": "gptq", **CASES["nvfp4"][0]})
+    weights = reference_output(fettle.load(alone).model, IDS)
+    assert float((ours - weights).abs().mean()) > 1e-3  # the inputs are rounded
+    checkpoint = Checkpoint.open(out)
+    stored = stored_schemes(checkpoint, read_anatomy(checkpoint))
+    assert {found.scheme.describe() for found in stored.values()} == {
+        "float 4 bits, group 16, float8_e4m3fn scale and a tensor scale; inputs float4 NV, a group of 16"
+    }
+    evaluated = fettle.evaluate(out, reference=narrow, text=str(tmp_path / "text.txt"), length=32, max_tokens=64)
+    assert 0 < evaluated.kl_mean < 0.5  # blocks that are streamed read the stored scale, too
+
+
+@pytest.mark.parametrize("method", ["round_to_nearest", "gptq", "hqq", "awq", "smoothquant"])
+def test_linears_that_runtimes_fuse_share_a_tensor_scale(base: Path, tmp_path: Path, method: str) -> None:
+    def scales(name: str, **fields: Any) -> list[dict[str, float]]:
+        out = compress(base, tmp_path / name, {"method": method, **CASES["nvfp4"][0], **fields})
+        checkpoint = Checkpoint.open(out)
+        stem, end = "model.layers.0.", ".weight_global_scale"
+        return [
+            {part: float(checkpoint.read(f"{stem}{part}{end}")) for part in parts}
+            for parts in (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                ("mlp.gate_proj", "mlp.up_proj"),
+                ("self_attn.o_proj",),
+                ("mlp.down_proj",),
+            )
+        ]
+
+    fused, own = scales("fused"), scales("own", tensor_scale="own")
+    for together, each in zip(fused, own, strict=True):
+        assert len(set(each.values())) == len(each)
+        assert set(together.values()) == {min(each.values())}  # that of the largest weight
+
+
 def test_several_formats_in_a_float32_model_are_fettles_own(base: Path, tmp_path: Path) -> None:
     out = compress(base, tmp_path / "out", *SEVERAL)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -157,7 +228,7 @@ def test_several_formats_in_a_float32_model_are_fettles_own(base: Path, tmp_path
     assert reference_output(fettle.load(out).model, IDS).isfinite().all()
 
 
-@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "MXFP8A16", "MXFP4A16", "NVFP4A16"])
+@pytest.mark.parametrize("preset", ["FP8_DYNAMIC", "MXFP8A16", "MXFP4A16", "NVFP4A16", "NVFP4"])
 def test_what_the_standards_own_tools_write_is_read(base: Path, tmp_path: Path, preset: str) -> None:
     """As llm-compressor does it: scales from the largest weights, the standard's compressor, its `save_pretrained`."""
     import transformers
@@ -165,7 +236,8 @@ def test_what_the_standards_own_tools_write_is_read(base: Path, tmp_path: Path, 
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    model = transformers.LlamaForCausalLM.from_pretrained(base).eval()
+    dtype = torch.bfloat16 if preset == "NVFP4" else torch.float32
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=dtype).eval()
     config = QuantizationConfig(
         config_groups={"group_0": preset_name_to_scheme(preset, ["Linear"])}, ignore=["lm_head"]
     )
@@ -180,6 +252,8 @@ def test_what_the_standards_own_tools_write_is_read(base: Path, tmp_path: Path, 
         if hasattr(module, "weight_global_scale"):
             unit = generate_gparam(weight.min(), weight.max()).reshape(1)
             module.weight_global_scale.data = unit
+        if scheme.input_activations is not None and hasattr(module, "input_global_scale"):
+            module.input_global_scale.data = generate_gparam(torch.tensor(-3.0), torch.tensor(4.0))
         scale, _ = calculate_qparams(parts.amin(-1), parts.amax(-1), scheme.weights, unit)
         module.weight_scale.data = scale.to(module.weight_scale.dtype)
     compressor = ModelCompressor.from_pretrained_model(model)
@@ -189,10 +263,13 @@ def test_what_the_standards_own_tools_write_is_read(base: Path, tmp_path: Path, 
     model.save_pretrained(out)
     compressor.update_config(out)
     config_file = json.loads((out / "config.json").read_text())
-    if preset != "FP8_DYNAMIC":  # which rounds inputs; the others become bfloat16 in a float32 model without it
+    if preset not in ("FP8_DYNAMIC", "NVFP4"):  # which round inputs; others become bfloat16 in a float32 model without
         config_file["quantization_config"]["dequantize"] = True
     (out / "config.json").write_text(json.dumps(config_file))
-    theirs = reference_output(plain_transformers(out, "AutoModelForCausalLM"), IDS)
+    if preset == "NVFP4":
+        theirs = in_float32(out)
+    else:
+        theirs = reference_output(plain_transformers(out, "AutoModelForCausalLM"), IDS)
     ours = reference_output(fettle.load(out).model, IDS)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
 

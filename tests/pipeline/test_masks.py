@@ -28,7 +28,7 @@ from .conftest import digests
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"method": "wanda"},
-    "codes": {"method": "sparsegpt", "pattern": "2:4", "bits": 4, "asymmetric": True},
+    "codes": {"method": "sparsegpt", "pattern": "2:4", "bits": 4, "asymmetric": True, "tune_steps": 3},
     "blocks": {"method": "magnitude", "pattern": "2x4", "sparsity": 0.3},
     "gradient": {"method": "taylor", "sparsity": 0.4},
 }
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 def test_dense_is_the_same_model_for_any_loader(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    step = {"method": "sparsegpt", "pattern": "2:4"}
+    step = {"method": "sparsegpt", "pattern": "2:4", "tune_steps": 3}
     recipe = recipe_of(text_file, step, storage="dense")
     plan = fettle.plan(tiny_llama, recipe)
     fettle.compress(tiny_llama, tmp_path / "dense", recipe, evaluate=False)
@@ -175,7 +175,7 @@ def test_an_allocation_loses_exactly_as_many_weights(
 
 def test_the_command_line_says_it_all(tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: Any) -> None:
     flags = ["--calibration", str(text_file), "--windows", "4", "--length", "32", "--no-evaluate", "--json"]
-    sparse = ["--method", "sparsegpt", "--pattern", "2:4", "--bits", "4"]
+    sparse = ["--method", "sparsegpt", "--pattern", "2:4", "--bits", "4", "--tune-steps", "2"]
     assert main(["compress", str(tiny_llama), "-o", str(tmp_path / "a"), *sparse, *flags]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["summary"]["recipe"]["name"] == "sparsegpt-2:4-4bit"
@@ -293,7 +293,7 @@ def test_a_budget_may_choose_between_masks_and_codes(tiny_llama: Path, text_file
 def test_a_pattern_in_a_file_is_no_number_to_the_base_of_sixty(tmp_path: Path) -> None:
     from fettle.pipeline.recipe import load_recipe
 
-    (tmp_path / "r.yaml").write_text("steps:\n  - {method: wanda, pattern: 2:4, group_size: 64}\n")
+    (tmp_path / "r.yaml").write_text("steps:\n  - {method: wanda, pattern: 2:4, bits: 4, group_size: 64}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.to_dict()["steps"][0]["pattern"] == "2:4"
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())

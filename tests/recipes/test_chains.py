@@ -14,6 +14,8 @@ from fettle.models.loading import load
 from fettle.pipeline.chain import Chain, Stage, load_chain, parse_chain, shipped_chains
 from fettle.pipeline.recipe import CalibrationOptions
 
+from .test_shipped import briefly_tuned
+
 CHAINS = shipped_chains()
 
 
@@ -56,7 +58,7 @@ def small(chain: Chain, text: Path) -> Chain:
     stages = []
     for stage in chain.stages:
         if stage.recipe is not None:
-            stages.append(Stage(recipe=dataclasses.replace(stage.recipe, calibration=calibration)))
+            stages.append(Stage(recipe=dataclasses.replace(briefly_tuned(stage.recipe), calibration=calibration)))
             continue
         method: Any = stage.method
         fewer: dict[str, Any] = {"steps": 2, "windows": 8, "length": 32, "batch_windows": 4, "text": str(text)}

@@ -9,13 +9,15 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import fettle
-from fettle.pipeline.recipe import CalibrationOptions, assign, load_recipe, parse_recipe, shipped_recipes
+from fettle.methods.prune import SparseGpt
+from fettle.pipeline.recipe import CalibrationOptions, Recipe, assign, load_recipe, parse_recipe, shipped_recipes
 
 RECIPES = shipped_recipes()
 NAMES = {
     "default", "gptq-4bit", "gptq-3bit", "round-to-nearest-8bit", "round-to-nearest-4bit", "mixed-4-8bit", "awq-4bit",
     "learned-rounding-3bit", "w8a8-dynamic", "drop-2-4bit", "narrow-0.6x", "svd-half", "rotated-w4a8-dynamic",
-    "w8a8-static", "w8a8-static-apart", "mxfp4-w4a4", "residual-codebooks-2bit", "wanda-50", "sparsegpt-2of4-4bit",
+    "w8a8-static", "w8a8-static-apart", "mxfp4-w4a4", "nvfp4-w4a4", "residual-codebooks-2bit", "wanda-50",
+    "sparsegpt-2of4-4bit",
 }  # fmt: skip
 
 
@@ -50,10 +52,21 @@ def test_a_recipe_reshapes_the_embedded_model(name: str, blocks: int, linears: i
     assert made.summary["output"]["bytes"] < 0.8 * made.summary["base"]["bytes"]
 
 
+def briefly_tuned(recipe: Recipe) -> Recipe:
+    """The same with two steps where a method would take its usual number of them."""
+    steps = [
+        dataclasses.replace(step, method=dataclasses.replace(step.method, tune_steps=2))
+        if isinstance(step.method, SparseGpt)
+        else step
+        for step in recipe.steps
+    ]
+    return dataclasses.replace(recipe, steps=tuple(steps))
+
+
 @pytest.mark.parametrize("path", [p for p in RECIPES if not load_recipe(p).reshaping], ids=lambda path: path.stem)
 def test_a_recipe_compresses_a_tiny_model(path: Path, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     small = CalibrationOptions(windows=8, length=64, text=str(text_file))
-    recipe = dataclasses.replace(load_recipe(path), calibration=small)
+    recipe = dataclasses.replace(briefly_tuned(load_recipe(path)), calibration=small)
     made = fettle.compress(tiny_llama, tmp_path / "out", recipe, evaluate=False)
     ledger = made.summary["ledger"]
     assert {line["linear"] for line in ledger} == {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor, nn
 
 from fettle.errors import CheckpointError, RecipeError
@@ -80,6 +80,38 @@ def test_groups_of_floats_are_those_of_the_standard(bits: int) -> None:
     assert "MX, a group of 32" in activations.describe()
 
 
+def test_groups_in_units_of_a_stored_scale_are_those_of_the_standard() -> None:
+    args = QuantizationArgs(
+        num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, dynamic="local",
+        scale_dtype=torch.float8_e4m3fn, zp_dtype=torch.float8_e4m3fn,
+    )  # fmt: skip
+    activations = Activations(bits=4, granularity="tensor_group", grid="float")
+    activations.validate()
+    seen = some_inputs(3, 7, 96)
+    fixed = InputScale.spanning(float(seen.min()), float(seen.max()), activations, torch.bfloat16)
+    assert torch.equal(fixed.scale, generate_gparam(seen.min(), seen.max()))
+    inputs = some_inputs(3, 7, 96, seed=1)
+    inputs[0, 0, :32] = torch.arange(32) / 4
+    inputs[0, 3] *= torch.logspace(-9, 9, 96)  # scales below e4m3's least, and groups beyond all that was seen
+    quantizer = InputQuantizer(activations=activations, fixed=fixed)
+    with torch.compiler.set_stance("force_eager"):
+        scale, point = compute_dynamic_scales_and_zp(inputs, args, nn.Module(), global_scale=fixed.scale)
+        expected = fake_quantize(inputs, scale, point, args, global_scale=fixed.scale)
+    assert torch.equal(quantizer(inputs), expected)
+    assert float(quantizer(inputs).max()) < float(inputs.max())  # clipped
+    short = quantizer(inputs[..., :77])  # the last group has 13
+    assert torch.equal(short[..., :64], expected[..., :64])
+    assert torch.equal(quantizer(torch.zeros(2, 40)), torch.zeros(2, 40))
+    for bad in (float("nan"), float("inf")):
+        assert not bool(quantizer(torch.tensor([[1.0, bad]])).isfinite().all())
+    assert Activations.from_dict(activations.to_dict()) == activations
+    assert "inputs float4 NV, a group of 16" in activations.describe()
+    for largest in (0.0, 1e-38, 1e-36, 3e38):
+        ends = torch.tensor([-largest, 0.0])
+        found = InputScale.spanning(*ends.tolist(), activations, torch.float32).scale
+        torch.testing.assert_close(found, generate_gparam(*ends), rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_what_lies_beyond_the_codes_is_kept_apart(zero_point: bool) -> None:
     clipping = Activations(dynamic=False, zero_point=zero_point, granularity="tensor")
@@ -114,6 +146,9 @@ def test_what_lies_beyond_the_codes_is_kept_apart(zero_point: bool) -> None:
         ({"grid": "float", "bits": 4}, "floats of 4 bits come in groups alone"),
         ({"grid": "float", "bits": 6}, "of 8 bits, or e2m1, of 4"),
         ({"grid": "float", "granularity": "group"}, "stands inside the sum of a product"),
+        ({"grid": "float", "bits": 4, "granularity": "tensor_group"}, "stands inside the sum of a product"),
+        ({"grid": "float", "granularity": "tensor_group", "dynamic": True}, "the NV format's and goes with"),
+        ({"granularity": "tensor_group", "dynamic": True}, "the NV format's and goes with"),
     ],
 )
 def test_inputs_that_cannot_be_are_refused(fields: dict[str, Any], reason: str) -> None:
@@ -195,6 +230,27 @@ def test_damaged_input_scales_are_refused() -> None:
         state = {**made.to_state(), "input_scale": torch.tensor([bad])}
         with pytest.raises(CheckpointError, match="a scale is above 0"):
             type(made).from_state(state, SCHEME)
+
+
+def test_the_unit_of_groups_is_stored_and_checked() -> None:
+    activations = Activations(bits=4, granularity="tensor_group", grid="float")
+    scheme = Scheme(grid=uniform(8), granularity="channel", activations=activations)
+    assert scheme.has_input_scale
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+    fixed = InputScale.spanning(-1.0, 2.0, activations, torch.bfloat16)
+    made = replace(quantize(torch.randn(5, 13), torch.full((5, 1), 0.02), None, scheme), input_scale=fixed)
+    state = made.to_state()
+    assert state["input_global_scale"].tolist() == [6 * 448 / 2]
+    assert sum(t.nbytes for t in state.values()) == made.nbytes()
+    back = type(made).from_state(state, scheme)
+    assert back.input_quantizer is not None
+    inputs = some_inputs(4, 13)
+    assert torch.equal(back.input_quantizer(inputs), InputQuantizer(activations=activations, fixed=fixed)(inputs))
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match=r"input_global_scale is .*a scale is above 0"):
+            type(made).from_state({**state, "input_global_scale": torch.tensor([bad])}, scheme)
+    with pytest.raises(CheckpointError, match="input_global_scale is missing"):
+        type(made).from_state({name: t for name, t in state.items() if name != "input_global_scale"}, scheme)
 
 
 @pytest.mark.parametrize(

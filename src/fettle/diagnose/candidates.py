@@ -60,7 +60,12 @@ def parse_candidate(text: str) -> MatrixMethod:
     Raises:
         RecipeError: no method, an unknown field, or a value that cannot be.
     """
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise RecipeError(
+            f"candidate {text!r} cannot be read ({error}); write it as in: gptq bits=3 group_size=64"
+        ) from None
     if not words:
         raise RecipeError("a candidate is empty; write a method and its fields, such as: gptq bits=3 group_size=64")
     fields: dict[str, Any] = {}
@@ -71,7 +76,12 @@ def parse_candidate(text: str) -> MatrixMethod:
                 f"candidate {text!r}: {word!r} is no FIELD=VALUE; write it as in: gptq bits=3 group_size=64"
             )
         pattern = ":" in value  # which YAML takes for a number to the base of sixty
-        spelled = None if value == "none" else value if pattern else yaml.safe_load(value)
+        try:
+            spelled = None if value == "none" else value if pattern else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(
+                f"candidate {text!r}: {value!r} is no value; write it as in: gptq bits=3 group_size=64"
+            ) from None
         fields[key.replace("-", "_")] = spelled
     return registry.matrix_method(words[0], fields)
 

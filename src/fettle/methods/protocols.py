@@ -5,6 +5,7 @@ a pure function on tensors.
 
     MatrixMethod   weight [out, in], statistics → codes
     InputObserver  statistics → the stored scale of the inputs
+    TensorScaled   which linears share one tensor scale
     SettledMethod  the weight → the same MatrixMethod with a scheme for it
     Tuner          what a MatrixMethod may bring along: a block's codes, and the block as a function → better codes
     Rescaler       what a MatrixMethod may bring along: weights that read the same inputs → factors for those inputs
@@ -75,6 +76,15 @@ class InputObserver(Protocol):
         ...
 
 
+@runtime_checkable
+class TensorScaled(Protocol):
+    """A MatrixMethod whose scheme may have a tensor scale. Where it says "fused", the walk gives it the largest
+    |weight| of all linears that share one, among the statistics (`quantize.ranges.FUSED_MAXIMUM`).
+    """
+
+    tensor_scale: str
+
+
 class BlockView(Protocol):
     """A block as a tuner sees it: a function of its weights that says how far its outputs are from the original's."""
 
@@ -100,6 +110,11 @@ class Tuner(Protocol[Codes]):
     """Improves the codes of several linears of one block together; it is given those of its own method. Frozen, so that
     equal ones work on one set.
     """
+
+    @property
+    def most_weights(self) -> int | None:
+        """A block with more weights to tune is left as it is, since nobody asked for the time; None: none is."""
+        ...
 
     def tune(self, start: Mapping[str, Codes], weights: Mapping[str, Tensor], block: BlockView) -> dict[str, Codes]:
         """Codes for the same linears in the same schemes, with no larger error on the windows held back.

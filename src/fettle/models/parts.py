@@ -15,7 +15,14 @@ CODE_SUFFIXES = (
     ".weight_sparse_values", ".weight_sparse_columns", ".weight_sparse_offsets",
     ".weight_factor_left", ".weight_factor_right",
     ".weight_mask", ".weight_mask_indices",
-    ".input_scale", ".input_zero_point",
+    ".input_scale", ".input_zero_point", ".input_global_scale",
+)  # fmt: skip
+
+
+#: roles of a block whose linears runtimes multiply as one matrix where they read the same inputs (vLLM's merged
+#: projections)
+FUSED_ROLES = (
+    frozenset({"query", "key", "value"}), frozenset({"gate", "up"}), frozenset({"expert_gate", "expert_up"}),
 )  # fmt: skip
 
 

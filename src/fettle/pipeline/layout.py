@@ -9,7 +9,7 @@ output is no estimate: the safetensors header is a function of the names, types 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fettle.errors import RecipeError
@@ -35,6 +35,7 @@ class Compression:
     linear: Linear
     method: MatrixMethod
     scheme: WeightScheme
+    untuned: str = ""  # why the method's tuner leaves it as it is
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ class Compression:
     @property
     def tuner(self) -> Tuner[Any] | None:
         """What improves the codes of a whole block afterwards; None for most methods, and outside the blocks."""
-        if self.linear.block is None or not isinstance(self.method, BlockMethod):
+        if self.linear.block is None or self.untuned or not isinstance(self.method, BlockMethod):
             return None
         return self.method.tuner()
 
@@ -183,4 +184,20 @@ def compressions(anatomy: Anatomy, assigned: Mapping[str, MatrixMethod], dtype: 
         if anatomy.tied and linear is anatomy.head and anatomy.embedding is not None:
             linear = anatomy.embedding  # the matrix is stored, and named, once
         found[linear.weight_name] = Compression(linear=linear, method=method, scheme=method.scheme(dtype))
-    return list(found.values())
+    return _without_large_tuning(list(found.values()))
+
+
+def _without_large_tuning(items: list[Compression]) -> list[Compression]:
+    """The same, with the reason where a tuner is not for blocks as large as theirs."""
+    sizes: dict[tuple[int | None, Tuner[Any]], int] = {}
+    for item in items:
+        if item.tuner is not None:
+            key = (item.linear.block, item.tuner)
+            sizes[key] = sizes.get(key, 0) + item.linear.parameters
+    checked = []
+    for item in items:
+        most = None if item.tuner is None else item.tuner.most_weights
+        size = 0 if item.tuner is None else sizes[item.linear.block, item.tuner]
+        why = "" if most is None or size <= most else f"not tuned: {size:,} weights in the block, more than {most:,}"
+        checked.append(replace(item, untuned=why))
+    return checked

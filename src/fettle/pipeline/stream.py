@@ -105,7 +105,7 @@ def compress_linear(item: Compression, weight: Tensor, seen: Seen | None, job: J
         objective="weight_error" if gram is None else "output_error",
         bits_per_weight=item.scheme.bits_per_weight(item.linear.shape, job.layout.storage_of(item)),
         seconds=time.monotonic() - started,
-        note="; ".join(filter(None, [seen.note if seen is not None else "", _sharing_note(item, job)])),
+        note="; ".join(filter(None, [seen.note if seen is not None else "", _sharing_note(item, job), item.untuned])),
     )
     return Outcome(quantized=quantized, line=line)
 

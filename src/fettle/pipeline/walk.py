@@ -37,6 +37,7 @@ from fettle.models.anatomy import Linear
 from fettle.models.checkpoint import check_finite
 from fettle.models.writer import write_shard
 from fettle.pipeline.block_objective import BlockObjective
+from fettle.pipeline.fused import fused_maxima, with_maximum
 from fettle.pipeline.journal import Journal, LedgerLine, ShardRecord
 from fettle.pipeline.layout import METADATA, Compression, Unit
 from fettle.pipeline.rescaling import rescale_block
@@ -94,10 +95,15 @@ def _compress_unit(job: Job, unit: Unit, stream: Stream | None) -> tuple[dict[st
         tensors |= changed
     else:
         inputs = stream.outside_statistics(unit) if stream is not None else {}
-        outcomes = job.workers.map(
-            lambda c: compress_linear(c, _checked_weight(job, c.linear), inputs.get(c.linear.name), job),
-            unit.compressed,
-        )
+        maxima = fused_maxima(unit.compressed, partial(_checked_weight, job))
+
+        def one(item: Compression) -> Outcome:
+            name = item.linear.name
+            return compress_linear(
+                item, _checked_weight(job, item.linear), with_maximum(inputs.get(name), name, maxima), job
+            )
+
+        outcomes = job.workers.map(one, unit.compressed)
     transposed = {item.linear.name for item in unit.compressed if item.linear.slot.transposed}
     for outcome in outcomes:
         name = outcome.line.linear
@@ -123,7 +129,8 @@ def _compress_block(job: Job, unit: Unit, stream: Stream) -> tuple[list[Outcome]
         statistics = stream.collect(unit.block, [(item.linear, item.statistics) for item in stage])
         if stage is stages[-1]:  # the last linears are often the largest: their solver wants the memory
             stream.leave_original(unit.block)
-        solved = job.workers.map(partial(_solve, job, stream, statistics, gradients), stage)
+        maxima = fused_maxima(stage, stream.checked_weight)
+        solved = job.workers.map(partial(_solve, job, stream, statistics, gradients, maxima), stage)
         for item, outcome in zip(stage, solved, strict=True):
             stream.skeleton.set_weight_(item.linear, outcome.quantized.dequantize())
             stream.skeleton.set_inputs_(item.linear, outcome.quantized.input_quantizer)
@@ -165,13 +172,18 @@ def _tune_block(
 
 
 def _solve(
-    job: Job, stream: Stream, seen: Mapping[str, Seen], gradients: Mapping[str, Tensor], item: Compression
+    job: Job,
+    stream: Stream,
+    seen: Mapping[str, Seen],
+    gradients: Mapping[str, Tensor],
+    maxima: Mapping[str, Tensor],
+    item: Compression,
 ) -> Outcome:
     weight, known = stream.checked_weight(item.linear), seen.get(item.linear.input_group)
     if item.wants_gradient:
         own = {"gradient": gradients[item.linear.name]}
         known = Seen(statistics=own, tokens=0) if known is None else replace(known, statistics=known.statistics | own)
-    return compress_linear(item, weight, known, job)
+    return compress_linear(item, weight, with_maximum(known, item.linear.name, maxima), job)
 
 
 def _stages(compressed: tuple[Compression, ...], job: Job) -> list[list[Compression]]:

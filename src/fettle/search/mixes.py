@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fettle.diagnose.candidates import Candidate
 from fettle.models.anatomy import Anatomy, Linear
+from fettle.models.parts import FUSED_ROLES
 from fettle.pipeline.recipe import CalibrationOptions, Recipe, Step
 from fettle.pipeline.where import Where
 from fettle.search.knapsack import Option, solve
@@ -15,11 +16,8 @@ from fettle.search.knapsack import Option, solve
 Mix = dict[str, str]  # linear → the candidate's label
 Sensitivities = Mapping[str, Mapping[str, float]]  # linear → label → KL estimate, nats a token
 
-#: roles of a block whose linears runtimes multiply as one matrix (vLLM's merged projections), so one scheme must do
-FUSED_ROLES = (
-    frozenset({"query", "key", "value"}), frozenset({"gate", "up"}), frozenset({"expert_gate", "expert_up"}),
-    frozenset({"expert_down"}),
-)  # fmt: skip
+#: one scheme must do for them; one kernel multiplies all experts
+ONE_SCHEME = (*FUSED_ROLES, frozenset({"expert_down"}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +76,12 @@ class Problem:
 def grouped(anatomy: Anatomy, linears: Sequence[Linear], fused: str) -> tuple[tuple[Linear, ...], ...]:
     """The linears that choose together, in the model's order; with fused "free" each chooses alone.
 
-    Fused are linears of one block and one of `FUSED_ROLES` that read the same inputs; the experts of a mixture, which
+    Fused are linears of one block and one of `ONE_SCHEME` that read the same inputs; the experts of a mixture, which
     one kernel multiplies, count as one.
     """
     groups: dict[tuple[object, ...], list[Linear]] = {}
     for linear in linears:
-        roles = next((roles for roles in FUSED_ROLES if linear.role in roles), None)
+        roles = next((roles for roles in ONE_SCHEME if linear.role in roles), None)
         if fused == "free" or roles is None:
             key: tuple[object, ...] = (linear.name,)
         else:

@@ -7,12 +7,15 @@
     floats       scale = max|x| / 448, code = clamp(x / scale, -448, 448) to float8_e4m3fn, value = code · scale
     MX floats    scale = 2^(⌊log2 m⌋ - ⌊log2 largest level⌋), m = max|x| of 32 neighbours, a power of two higher from
                  1.75 · 2^k on; code = clamp(x / scale) to e2m1 (4 bits, levels to 6) or e4m3 (8 bits, to 448)
+    NV floats    scale = e4m3(g · m / 6) / g, m = max|x| of 16 neighbours, g stored for the tensor; code as e2m1
 
 with low = min(x, 0) and high = max(x, 0), so that zero stays zero. These are compressed-tensors' formulas to the bit (a
 test compares), so that its loaders compute what is measured here.
 
 Dynamic: low and high are those of each token (or of the whole tensor) as it comes. Static: one scale a tensor, stored
-beside the weight as `input_scale` [1] and, asymmetric, `input_zero_point` int8 [1].
+beside the weight as `input_scale` [1] and, asymmetric, `input_zero_point` int8 [1]. The NV layout is both: its groups'
+scales are found on the spot, in units of a stored one, `input_global_scale` float32 [1] = 6 · 448 / max|x| of the
+calibration text, so that the largest of them is the largest that e4m3 has; what lies beyond is clipped.
 
 Outliers kept apart: a few inputs lie far beyond all others, and a stored range has to choose between their ends and
 the steps of the rest. With `outliers` the range leaves that share of the calibration text's inputs outside, and what
@@ -43,13 +46,14 @@ from torch import Tensor
 
 from fettle.errors import CheckpointError, RecipeError, unknown_word
 
-InputGranularity = Literal["token", "tensor", "group"]
+InputGranularity = Literal["token", "tensor", "group", "tensor_group"]
 InputGrid = Literal["uniform", "float"]
 FLOAT = torch.float8_e4m3fn
 SMALLEST_BITS, LARGEST_BITS = 2, 8
 MOST_OUTLIERS = 0.05  # more of them and the codes are not what multiplies
-GROUP = 32  # neighbouring inputs that share a power of two (OCP MX)
+GROUP_SIZES = {"group": 32, "tensor_group": 16}  # neighbours that share a power of two (OCP MX), an e4m3 scale (NV)
 LARGEST_E2M1 = 6
+LEAST_E4M3 = 0.125  # the standard's scale of a group whose own would be zero
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 
@@ -60,7 +64,8 @@ class Activations:
     Attributes:
         dynamic: whether the range is that of the inputs at hand, or stored.
         bits: of a code.
-        granularity: what shares a scale: a token's inputs, all of a call, or 32 neighbours of a token (MX floats).
+        granularity: what shares a scale: a token's inputs, all of a call, 32 neighbours of a token (MX floats), or 16
+            of them in units of a stored scale (NV floats, "tensor_group").
         zero_point: whether the range is asymmetric.
         grid: "uniform" integers, or "float" for e4m3 (8 bits) and e2m1 (4), whose steps grow with the value.
         outliers: the share of the calibration text's inputs that lie beyond the stored range and are kept apart; 0:
@@ -100,18 +105,7 @@ class Activations:
                 f"activation_grid: float is e4m3, of 8 bits, or e2m1, of 4, and symmetric; got activation_bits="
                 f"{self.bits}, activation_asymmetric={str(self.zero_point).lower()}. Leave both out"
             )
-        small = self.grid == "float" and self.bits == 4
-        if (small and self.granularity != "group") or (self.granularity == "group" and self.grid != "float"):
-            raise RecipeError(
-                "activation_granularity: group is the MX formats' and goes with activation_grid: float, and "
-                f"floats of 4 bits come in groups alone; got {self.granularity} with {self.bits}-bit {self.grid}. "
-                "Leave it out"
-            )
-        if self.granularity == "group" and not self.dynamic:
-            raise RecipeError(
-                "a stored scale for each group of inputs stands inside the sum of a product; use activations: dynamic "
-                "with activation_granularity: group"
-            )
+        self._check_groups()
         if not (isinstance(self.outliers, int | float) and 0 <= self.outliers <= MOST_OUTLIERS):
             raise RecipeError(
                 f"activation_outliers={self.outliers!r} cannot be; allowed: numbers from 0 to {MOST_OUTLIERS}. Usual "
@@ -127,6 +121,37 @@ class Activations:
                 "a stored scale cannot be for tokens that nobody has seen yet; use activation_granularity: tensor with "
                 "activations: static, or activations: dynamic"
             )
+
+    def _check_groups(self) -> None:
+        small = self.grid == "float" and self.bits == 4
+        if (small and self.group_size is None) or (self.granularity == "group" and self.grid != "float"):
+            raise RecipeError(
+                "activation_granularity: group is the MX formats' and goes with activation_grid: float, and "
+                f"floats of 4 bits come in groups alone; got {self.granularity} with {self.bits}-bit {self.grid}. "
+                "Leave it out"
+            )
+        if self.granularity == "tensor_group" and not small:
+            raise RecipeError(
+                "activation_granularity: tensor_group is the NV format's and goes with activation_grid: float and "
+                f"activation_bits: 4; got {self.bits}-bit {self.grid}. Leave it out"
+            )
+        if self.group_size is not None and not self.dynamic:
+            raise RecipeError(
+                "a stored scale for each group of inputs stands inside the sum of a product; use activations: dynamic "
+                f"with activation_granularity: {self.granularity}"
+            )
+
+    @property
+    def group_size(self) -> int | None:
+        """Neighbouring inputs that share a scale; None where more than such a group does."""
+        return GROUP_SIZES.get(self.granularity)
+
+    @property
+    def scale_name(self) -> str | None:
+        """The tensor [1] that is stored beside the weight: a scale, or what groups' scales are relative to."""
+        if self.granularity == "tensor_group":
+            return "input_global_scale"
+        return None if self.dynamic else "input_scale"
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -179,7 +204,8 @@ class Activations:
     def describe(self) -> str:
         """For people: "inputs int8 a token" or "inputs int8 static, zero point"."""
         how = f"a {self.granularity}" if self.dynamic else "static"
-        how = f"MX, a group of {GROUP}" if self.granularity == "group" else how
+        if self.group_size is not None:
+            how = f"{'MX' if self.granularity == 'group' else 'NV'}, a group of {self.group_size}"
         kind = "int" if self.grid == "uniform" else "float"
         apart = f", {100 * self.outliers:g}% kept apart" if self.outliers else ""
         return f"inputs {kind}{self.bits} {how}{', zero point' if self.zero_point else ''}{apart}"
@@ -190,7 +216,7 @@ class InputScale:
     """The stored scale of a linear's inputs.
 
     Attributes:
-        scale: [1], in the type in which it is stored.
+        scale: [1], in the type in which it is stored; of NV floats what the groups' scales are multiplied by.
         zero_point: int8 [1], the code that stands for zero; None where the range is symmetric.
     """
 
@@ -199,7 +225,11 @@ class InputScale:
 
     @classmethod
     def spanning(cls, low: float, high: float, activations: Activations, dtype: torch.dtype) -> InputScale:
-        """The scale (rounded to `dtype`, positive) and zero point that span `low` to `high`."""
+        """The scale (rounded to `dtype`, positive) and zero point that span `low` to `high`; NV's is float32."""
+        if activations.granularity == "tensor_group":
+            limits = torch.finfo(torch.float32)
+            unit = LARGEST_E2M1 * torch.finfo(FLOAT).max / max(-low, high, limits.tiny)
+            return cls(scale=torch.tensor([unit if unit < limits.max else 1.0]))
         ends = torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64)
         scale, _ = _spanning(*ends, activations)
         smallest = torch.finfo(dtype).smallest_normal
@@ -209,14 +239,16 @@ class InputScale:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], activations: Activations) -> InputScale:
-        """From `input_scale` and `input_zero_point`.
+        """From `Activations.scale_name` and `input_zero_point`.
 
         Raises:
             CheckpointError: a scale that is not positive, or a zero point that is no code.
         """
-        scale, point = state["input_scale"], state["input_zero_point"] if activations.zero_point else None
+        name = activations.scale_name
+        assert name is not None
+        scale, point = state[name], state["input_zero_point"] if activations.zero_point else None
         if not bool((scale.float() > 0).all() & torch.isfinite(scale.float()).all()):
-            raise CheckpointError(f"input_scale is {scale.tolist()}; a scale is above 0. The file is damaged")
+            raise CheckpointError(f"{name} is {scale.tolist()}; a scale is above 0. The file is damaged")
         low, high = activations.levels
         if point is not None and not low <= int(point) <= high:
             raise CheckpointError(f"input_zero_point is {int(point)}; it must be a code, {low} to {high}")
@@ -269,6 +301,10 @@ class InputQuantizer:
 
     def _ranges(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for float32 inputs [..., in]."""
+        if self.activations.granularity == "tensor_group":
+            assert self.fixed is not None
+            scale = _scaled_groups(inputs, self.fixed.scale.to(inputs.device))
+            return scale, torch.zeros(1, device=scale.device)
         if self.fixed is not None:
             scale, stored = self.fixed.scale.to(inputs.device).float(), self.fixed.zero_point
             return scale, torch.zeros_like(scale) if stored is None else stored.to(inputs.device).float()
@@ -291,17 +327,35 @@ def _nearest_e2m1(units: Tensor) -> Tensor:
     return (units / step).round_().mul_(step)
 
 
+def _largest_of_groups(inputs: Tensor, size: int) -> Tensor:
+    """max|x| of each `size` neighbours, [..., groups], for [..., in]; the last group may be shorter."""
+    padded = torch.nn.functional.pad(inputs.abs(), (0, -inputs.shape[-1] % size))
+    return padded.reshape(*inputs.shape[:-1], -1, size).amax(-1)
+
+
+def _of_each(scale: Tensor, largest: Tensor, columns: int, size: int) -> Tensor:
+    """Each group's scale for each of its inputs, [..., in]; NaN and infinity stay seen."""
+    return torch.where(torch.isfinite(largest), scale, largest).repeat_interleave(size, dim=-1)[..., :columns]
+
+
 def _powers_of_two(inputs: Tensor, largest_level: int) -> Tensor:
-    """The scale of each input, float32 [..., in]: one for `GROUP` neighbours; the last group may be shorter."""
-    columns = inputs.shape[-1]
-    padded = torch.nn.functional.pad(inputs.abs(), (0, -columns % GROUP))
-    largest = padded.reshape(*inputs.shape[:-1], -1, GROUP).amax(-1)
+    """The scale of each input, float32 [..., in]: one for 32 neighbours."""
+    size = GROUP_SIZES["group"]
+    largest = _largest_of_groups(inputs, size)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa · 2^exponent, mantissa in [0.5, 1)
     exponent = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - (largest_level.bit_length() - 1)
     # The standard's least is 2^-127, which processors may take for zero; the ends matter for no model.
     scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127))
-    scale = torch.where(torch.isfinite(largest), scale, largest)  # NaN and infinity stay seen
-    return scale.repeat_interleave(GROUP, dim=-1)[..., :columns]
+    return _of_each(scale, largest, inputs.shape[-1], size)
+
+
+def _scaled_groups(inputs: Tensor, unit: Tensor) -> Tensor:
+    """The scale of each input, float32 [..., in]: one for 16 neighbours, of e4m3 in units of 1 / `unit` [1]."""
+    size = GROUP_SIZES["tensor_group"]
+    largest = _largest_of_groups(inputs, size)
+    scale = (unit * (largest / LARGEST_E2M1)).clamp(max=torch.finfo(FLOAT).max).to(FLOAT).float()
+    scale = torch.where(scale == 0, LEAST_E4M3, scale) / unit
+    return _of_each(scale, largest, inputs.shape[-1], size)
 
 
 def _spanning(low: Tensor, high: Tensor, activations: Activations) -> tuple[Tensor, Tensor | None]:

@@ -127,8 +127,10 @@ class QuantizedTensor:
             else:
                 points = signed(self.zero_point, bits)
                 state["weight_zero_point"] = points.reshape(-1) if whole else points
-        if self.input_scale is not None:
-            state["input_scale"] = self.input_scale.scale
+        if self.input_scale is not None and self.scheme.activations is not None:
+            name = self.scheme.activations.scale_name
+            assert name is not None
+            state[name] = self.input_scale.scale
             if self.input_scale.zero_point is not None:
                 state["input_zero_point"] = self.input_scale.zero_point
         return state if self.remainder is None else state | self.remainder.to_state()
@@ -198,7 +200,7 @@ def stored_zero_point(state: Mapping[str, Tensor], scheme: Scheme, out_features:
 
 def stored_input_scale(state: Mapping[str, Tensor], scheme: Scheme) -> InputScale | None:
     """The scale of the inputs that a state holds, checked; None where the scheme stores none."""
-    if scheme.activations is None or scheme.activations.dynamic:
+    if scheme.activations is None or scheme.activations.scale_name is None:
         return None
     return InputScale.from_state(state, scheme.activations)
 

@@ -19,7 +19,8 @@ divided: weight_global_scale [1]. Learned levels replace the scale: weight_level
 2^bits]).
 
 A remainder, where a scheme has one, stands beside the codes in tensors of its own: `sparse.py`, `factored.py`.
-Inputs that are quantized with a stored scale have input_scale [1] and, asymmetric, input_zero_point int8 [1].
+Inputs that are quantized with a stored scale have input_scale [1] and, asymmetric, input_zero_point int8 [1]; those
+of the NV format input_global_scale float32 [1].
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Scheme:
     @property
     def has_input_scale(self) -> bool:
         """Whether a scale for the linear's inputs is stored beside the weight."""
-        return self.activations is not None and not self.activations.dynamic
+        return self.activations is not None and self.activations.scale_name is not None
 
     def validate(self) -> None:
         """Checks that the parts fit together.
@@ -185,9 +186,10 @@ class Scheme:
             spec["weight_zero_point"] = (
                 (torch.int32, (math.ceil(rows * bits / 32), groups)) if packed else (torch.int8, scale_shape)
             )
-        if self.has_input_scale:
-            spec["input_scale"] = (self.value_dtype, (1,))
-            if self.activations is not None and self.activations.zero_point:
+        if self.activations is not None and self.activations.scale_name is not None:
+            unit = self.activations.granularity == "tensor_group"
+            spec[self.activations.scale_name] = (torch.float32 if unit else self.value_dtype, (1,))
+            if self.activations.zero_point:
                 spec["input_zero_point"] = (torch.int8, (1,))
         return spec | self.remainder_spec(shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 import fettle
 from fettle.errors import RecipeError
-from fettle.methods.prune.kept_values import KeptValuesTuner
+from fettle.methods.prune import sparsegpt
+from fettle.methods.prune.kept_values import KeptValuesTuner, SoftValues
 from fettle.methods.prune.sparsegpt import SparseGpt
+from fettle.methods.registry import from_fields
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.storage import stored_schemes
@@ -82,6 +85,20 @@ def test_the_block_gets_better_and_the_mask_stays(fields: dict[str, object]) -> 
     assert all(torch.equal(after[name].dequantize(), again[name].dequantize()) for name in after)
 
 
+def test_values_in_motion_are_those_of_the_file() -> None:
+    block = TwoLayers()
+    found = from_fields("sparsegpt", {"pattern": "2:4"}).compress(  # type: ignore[union-attr]
+        block.weights["first"], {"gram": torch.eye(16)}, dtype="bfloat16"
+    )
+    soft = SoftValues(found)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        soft.step_(torch.randn(24, 16, generator=generator), latent_rate=0.01, scale_rate=0.0)
+    assert torch.equal(soft.values(), soft.quantized().dequantize())
+    assert torch.equal(soft.quantized().kept, found.kept)
+    assert not torch.equal(soft.values(), found.dequantize())
+
+
 def test_steps_that_lead_nowhere_leave_the_start() -> None:
     block = TwoLayers()
     before = start(block)
@@ -94,7 +111,7 @@ def test_steps_that_lead_nowhere_leave_the_start() -> None:
 def test_the_walk_tunes_blocks(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     masks = {}
     for steps in (0, 40):
-        step = {"method": "sparsegpt", "tune_steps": steps, "tune_windows": 4}
+        step = {"method": "sparsegpt", "tune_steps": steps} | ({"tune_windows": 4} if steps else {})
         recipe = parse_recipe(
             {"name": "t", "calibration": {"windows": 8, "length": 32, "text": str(text_file)}, "steps": [step]}, "test"
         )
@@ -108,3 +125,37 @@ def test_the_walk_tunes_blocks(tiny_llama: Path, text_file: Path, tmp_path: Path
     assert all(torch.equal(one, other) for one, other in zip(masks[0], masks[40], strict=True))
     with pytest.raises(RecipeError, match="tune_steps"):
         parse_recipe({"name": "t", "steps": [{"method": "sparsegpt", "tune_steps": -1}]}, "test")
+    with pytest.raises(RecipeError, match="tune_windows is about tuning, and nothing is tuned"):
+        parse_recipe({"name": "t", "steps": [{"method": "sparsegpt", "tune_steps": 0, "tune_windows": 4}]}, "test")
+
+
+def test_blocks_are_tuned_without_being_asked_unless_they_are_large(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones are; larger ones say why not, and get what no steps give; who names a number gets it."""
+    assert SparseGpt().tuner() == SparseGpt(tune_steps=None).tuner()
+    assert SparseGpt(heal="none", rounds=1).tuner() is None  # the paper
+    assert SparseGpt(tune_steps=0).tuner() is None
+    asked, usual = SparseGpt(tune_steps=100).tuner(), SparseGpt().tuner()
+    assert asked is not None and asked.most_weights is None
+    assert usual is not None and usual.most_weights == sparsegpt.MOST_WEIGHTS
+    monkeypatch.setattr(sparsegpt, "USUAL_STEPS", 12)
+
+    def compress(name: str, **fields: object) -> tuple[dict[str, str], dict[str, str]]:
+        fixed = {"sparsity": 0.9, "tune_rate": 0.05, "rounds": 2, "where": {"role": ["output", "down"]}}
+        step = {"method": "sparsegpt", **fixed, **fields}
+        calibration = {"windows": 16, "length": 32, "text": str(text_file)}
+        recipe = parse_recipe({"name": "t", "calibration": calibration, "steps": [step]}, "test")
+        made = fettle.compress(tiny_llama, tmp_path / name, recipe, evaluate=False)
+        hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / name).glob("*.safetensors")}
+        return hashes, {line["linear"]: line["note"] for line in made.summary["ledger"]}
+
+    size = 64 * 64 + 64 * 172
+    monkeypatch.setattr(sparsegpt, "MOST_WEIGHTS", size)
+    small, notes = compress("small")
+    assert small == compress("asked", tune_steps=12)[0]
+    assert not any(notes.values())
+    monkeypatch.setattr(sparsegpt, "MOST_WEIGHTS", size - 1)
+    large, notes = compress("large")
+    assert large == compress("none", tune_steps=0, tune_rate=0.25)[0] != small
+    assert set(notes.values()) == {f"not tuned: {size:,} weights in the block, more than {size - 1:,}"}

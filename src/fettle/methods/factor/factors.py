@@ -76,6 +76,12 @@ class FactorFields:
                 f"{self.name}: {' and '.join(given)} both say how thin the factors are; give one of rank, "
                 "share and energy, such as share: 0.5"
             )
+        for name, default in (("group_size", 32), ("asymmetric", False)):
+            if self.bits is None and getattr(self, name) != default:
+                raise RecipeError(
+                    f"{self.name}: {name} is about the codes of what the factors leave, and bits is none; set bits, "
+                    "such as bits: 4, or leave it out"
+                )
 
     def label(self) -> str:
         """svd-rank8, svd-0.5x or svd-energy0.9, and the bits of the rest."""

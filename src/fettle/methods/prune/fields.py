@@ -18,6 +18,7 @@ PATTERN_HELP = (
     "what is compared: layer or row; N:M, of every M inputs N stay (2:4); RxC, blocks of rows x columns (4x4)"
 )
 Healing = Literal["none", "least_squares"]
+OF_CODES = ("group_size", "granularity", "asymmetric", "scale_dtype", "clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,16 @@ class PruneFields:
         """Checks that the fields fit together.
 
         Raises:
-            RecipeError: an unknown pattern, a sparsity that contradicts it, codes that cannot be, or rounds without
-                healing.
+            RecipeError: an unknown pattern, a sparsity that contradicts it, codes that cannot be, what is about codes
+                without any, or rounds without healing.
         """
-        self.scheme("float32")
+        coded = self.scheme("float32").values is not None
+        for found in fields(self):
+            if not coded and found.name in OF_CODES and getattr(self, found.name) != found.default:
+                raise RecipeError(
+                    f"{found.name} is about codes, and what stays keeps its values; set bits, such as bits: 4, or "
+                    "leave it out"
+                )
         usual = next(found.default for found in fields(self) if found.name == "rounds")
         if self.heal == "none" and self.rounds not in (1, usual):
             raise RecipeError(

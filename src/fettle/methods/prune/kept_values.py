@@ -37,7 +37,7 @@ class SoftValues:
 
     def values(self) -> Tensor:
         """The weight as a file would hold it, float32 [out, in]."""
-        return self.quantized().dequantize(torch.float32)
+        return self._value.to(self._scheme.torch_value_dtype).float()  # what went is zero, and no step moves it
 
     def quantized(self) -> MaskedTensor:
         """The values as they are now, in their stored type."""
@@ -77,11 +77,13 @@ class KeptValuesTuner:
         steps: gradient steps a block.
         batch_windows: windows a step.
         rate: how far a value can travel in all, in the root mean square of its matrix; a code, in levels.
+        most_weights: a block with more weights to tune is left as it is; None: none is.
     """
 
     steps: int
     batch_windows: int
     rate: float
+    most_weights: int | None = None
 
     def tune(
         self, start: Mapping[str, MaskedTensor], weights: Mapping[str, Tensor], block: BlockView

@@ -16,7 +16,10 @@ ones to make up for what goes, the mask comes from `rounds` of that instead of f
 the least w² / [H⁻¹]_jj go, among all columns, and what stays is healed. N:M keeps the sweep's mask, which measured no
 worse. `heal: none` is the paper; `rounds: 1` heals behind the sweep.
 
-`tune_steps` move what stayed of a whole block afterwards, by the gradient of its outputs (`kept_values.py`).
+`tune_steps` move what stayed of a whole block afterwards, by the gradient of its outputs (`kept_values.py`). Who says
+nothing gets 100 of them in blocks of at most 4 · 2^20 weights: at 0.7 million weights they take half a minute of one
+core, four times the rest (docs/results.md, "Masks"), and time grows with the weights, so such a block takes at most
+about three minutes. In a larger one they have to be asked for. `heal: none` means the paper, without.
 
 With `bits` a sweep that rounds follows from the healed weights, the mask held. Nothing is lost by that: at the optimum
 h the error has no slope along what stayed, so tr((W - V)H(W - V)ᵀ) and tr((h - V)H(h - V)ᵀ) differ by a constant.
@@ -28,7 +31,7 @@ the last. Memory: one float32 [in, in].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -65,6 +68,8 @@ from fettle.tensors.scales import stack
 from fettle.tensors.scheme import Scheme
 
 EARLY_STEPS = 10  # of healing in every round but the last
+USUAL_STEPS = 100  # of the tuner where nobody said how many
+MOST_WEIGHTS = 4 * 2**20  # of a block that is tuned without being asked
 Tiles = Sequence[tuple[slice, Pruner]]  # rows that are worked on together, and what decides their mask
 
 
@@ -106,9 +111,14 @@ class SparseGpt(PruneFields):
         },
     )
 
-    tune_steps: int = field(
-        default=0,
-        metadata={"help": "gradient steps a block that move what stays; 0 for none", "minimum": 0, "maximum": 100_000},
+    tune_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"gradient steps a block that move what stays; none for {USUAL_STEPS} in blocks of at most "
+            f"{MOST_WEIGHTS // 2**20} · 2^20 weights, and for 0 in larger ones and with heal: none",
+            "minimum": 0,
+            "maximum": 100_000,
+        },
     )
     tune_windows: int = field(default=8, metadata={"help": "windows a step of these", "minimum": 1})
     tune_rate: float = field(
@@ -122,17 +132,28 @@ class SparseGpt(PruneFields):
 
     def tuner(self) -> Tuner[MaskedTensor] | None:
         """What moves the values that stayed of a whole block; None for no steps."""
-        if not self.tune_steps:
+        usual = 0 if self.heal == "none" else USUAL_STEPS
+        steps = usual if self.tune_steps is None else self.tune_steps
+        if not steps:
             return None
-        return KeptValuesTuner(steps=self.tune_steps, batch_windows=self.tune_windows, rate=self.tune_rate)
+        most = MOST_WEIGHTS if self.tune_steps is None else None
+        return KeptValuesTuner(steps=steps, batch_windows=self.tune_windows, rate=self.tune_rate, most_weights=most)
 
     def validate(self) -> None:
         """Checks that the fields fit together.
 
         Raises:
-            RecipeError: as for every pruning method; blocks whose rows no tile holds whole.
+            RecipeError: as for every pruning method; blocks whose rows no tile holds whole; what is about a tuner that
+                does not run.
         """
         super().validate()
+        for found in fields(self):
+            ignored = found.name in ("tune_windows", "tune_rate") and self.tuner() is None
+            if ignored and getattr(self, found.name) != found.default:
+                raise RecipeError(
+                    f"{found.name} is about tuning, and nothing is tuned (tune_steps={self.tune_steps}, heal="
+                    f"{self.heal}); set tune_steps: {USUAL_STEPS}, or leave it out"
+                )
         pattern = self.scheme("float32").shape_of_mask
         if ROW_TILE % pattern.rows:
             raise RecipeError(

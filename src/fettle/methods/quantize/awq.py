@@ -35,7 +35,7 @@ from fettle.methods.protocols import Rescaler
 from fettle.methods.quantize.errors import quadratic_form
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.gptq import Gptq
-from fettle.methods.quantize.ranges import in_tensor_units
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM, in_tensor_units
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.methods.quantize.sweep import Solution, better_rows
@@ -85,10 +85,13 @@ class Awq(GridFields):
         if self.solver == "gptq":
             return self._gptq().compress(weight, statistics, dtype=dtype)
         scheme = self.scheme(dtype)
+        largest = statistics.get(FUSED_MAXIMUM)
         if self.clip == "none":
-            return round_to_nearest(weight, scheme)
+            return round_to_nearest(weight, scheme, largest=largest)
         gram = statistics["gram"]
-        return in_tensor_units(weight, scheme, lambda units: nearest_by_gram(units, gram, scheme, clip=self.clip))
+        return in_tensor_units(
+            weight, scheme, lambda units: nearest_by_gram(units, gram, scheme, clip=self.clip), largest
+        )
 
     def rescaler(self) -> Rescaler:
         """The search for factors, in this instance's scheme."""

@@ -47,6 +47,13 @@ class GridFields:
             "are powers of two (MX), float8_e4m3fn comes with a scale for the whole tensor (NV)"
         },
     )
+    tensor_scale: Literal["fused", "own"] = field(
+        default="fused",
+        metadata={
+            "help": "of NV scales: one for linears that runtimes multiply as one (query, key and value; gate and up), "
+            "as the standard's tools have it, or each its own"
+        },
+    )
 
     activations: Literal["none", "dynamic", "static"] = field(
         default="none",
@@ -57,11 +64,11 @@ class GridFields:
     activation_bits: int = field(
         default=8, metadata={"help": "bits of an input's code", "minimum": SMALLEST_BITS, "maximum": LARGEST_BITS}
     )
-    activation_granularity: Literal["token", "tensor", "group"] | None = field(
+    activation_granularity: InputGranularity | None = field(
         default=None,
         metadata={
-            "help": "what shares an input scale; none for token where dynamic, tensor where static, and groups of 32 "
-            "with 4-bit floats (MX)"
+            "help": "what shares an input scale; none for token where dynamic, tensor where static, and with 4-bit "
+            "floats group, 32 inputs (MX), or beside NV weights tensor_group, 16 inputs and a stored scale (NV)"
         },
     )
     activation_grid: InputGrid = field(
@@ -89,6 +96,11 @@ class GridFields:
         if self.granularity == "group" and self.group_size is None:
             raise RecipeError(
                 "granularity: group needs a group_size, got none; allowed: integers from 1. Try group_size: 32"
+            )
+        if self.tensor_scale != "fused" and self.scale_dtype != "float8_e4m3fn":
+            raise RecipeError(
+                f"tensor_scale={self.tensor_scale!r} is about NV scales, and scale_dtype is {self.scale_dtype}; set "
+                "scale_dtype: float8_e4m3fn, or leave it out"
             )
         for name in (
             "activation_bits",
@@ -146,7 +158,7 @@ class GridFields:
         dynamic = self.activations == "dynamic"
         usual: InputGranularity = "token" if dynamic else "tensor"
         if self.activation_grid == "float" and self.activation_bits == 4:
-            usual = "group"
+            usual = "tensor_group" if self.scale_dtype == "float8_e4m3fn" else "group"
         return Activations(
             dynamic=dynamic,
             bits=self.activation_bits,

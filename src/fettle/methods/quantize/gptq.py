@@ -50,7 +50,7 @@ from torch import Tensor
 
 from fettle.errors import NonFiniteError
 from fettle.methods.quantize.fields import GridFields
-from fettle.methods.quantize.ranges import in_tensor_units
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM, in_tensor_units
 from fettle.methods.quantize.refine import refine
 from fettle.methods.quantize.sweep import better_rows, corrected, factorize, solve
 from fettle.tensors.quantized import QuantizedTensor
@@ -116,7 +116,7 @@ class Gptq(GridFields):
         def solve(weight: Tensor) -> QuantizedTensor:
             return gptq(weight, statistics["gram"], scheme, options, drift=statistics.get("drift"))
 
-        return in_tensor_units(weight, scheme, solve)
+        return in_tensor_units(weight, scheme, solve, statistics.get(FUSED_MAXIMUM))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fettle.errors import RecipeError
 from fettle.methods.quantize.fields import GridFields
-from fettle.methods.quantize.ranges import in_groups, in_tensor_units, stored_scale
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM, in_groups, in_tensor_units, stored_scale
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors.quantized import QuantizedTensor, quantize, row_tiles
 from fettle.tensors.scales import Shared, stack
@@ -70,11 +70,14 @@ class Hqq(GridFields):
 
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
         """Chooses scales, then the nearest codes, for weight [out, in]; needs no statistics."""
-        return hqq(weight, self.scheme(dtype), norm=self.norm, iterations=self.iterations)
+        largest = statistics.get(FUSED_MAXIMUM)
+        return hqq(weight, self.scheme(dtype), norm=self.norm, iterations=self.iterations, largest=largest)
 
 
-def hqq(weight: Tensor, scheme: Scheme, *, norm: float = 0.7, iterations: int = 20) -> QuantizedTensor:
-    """Codes of weight [out, in] with small Σ|error|^norm; pure.
+def hqq(
+    weight: Tensor, scheme: Scheme, *, norm: float = 0.7, iterations: int = 20, largest: Tensor | None = None
+) -> QuantizedTensor:
+    """Codes of weight [out, in] with small Σ|error|^norm; pure. `largest`: see `in_tensor_units`.
 
     Raises:
         NonFiniteError: NaN or infinity in the weight, or a scale beyond its type.
@@ -86,7 +89,7 @@ def hqq(weight: Tensor, scheme: Scheme, *, norm: float = 0.7, iterations: int = 
         shared = stack([_fit(weight[rows], scheme, norm, iterations) for rows in tiles])
         return quantize(weight, shared.scale, shared.zero_point, scheme)
 
-    return in_tensor_units(weight, scheme, solve)
+    return in_tensor_units(weight, scheme, solve, largest)
 
 
 def shrink(error: Tensor, beta: float, norm: float) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fettle.errors import NonFiniteError
 from fettle.methods.quantize.fields import GridFields
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM
 from fettle.methods.quantize.solvers import Solver, SolverName
 from fettle.tensors.factored import FactoredScheme, FactoredTensor
 from fettle.tensors.quantized import QuantizedTensor
@@ -70,7 +71,7 @@ class LowRankCorrection(GridFields):
 
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
         """Chooses codes and factors in turn, for weight [out, in]."""
-        wanted = {name: statistics[name] for name in self.needs() if name in statistics}
+        wanted = {name: statistics[name] for name in (*self.needs(), FUSED_MAXIMUM) if name in statistics}
         scheme = self.scheme(dtype)
         return low_rank_correction(
             weight, wanted, scheme, solver=self.solver, rounds=self.rounds, weighted=self.weighted

@@ -13,6 +13,8 @@ inputs' cuts outliers off and makes the steps for all others finer.
 Where a share of the inputs is kept apart (`Activations.outliers`), the range leaves that share outside, as percentile
 leaves one in ten thousand, and no observer is asked.
 
+Where the stored number is only the unit of scales that are found on the spot (NV floats), it is min-max's.
+
 mse and entropy look through parts of the whole range, 1/100 to 1, with one factor for both ends. x_i is the middle of
 bin i and n_i its count; Q rounds to the codes. For entropy, P is the histogram with what lies outside moved into its
 last bins, and Q the histogram inside, where each code's counts are spread evenly over its bins that are not empty.
@@ -106,6 +108,8 @@ def observe(seen: Tensor, name: str, activations: Activations, dtype: torch.dtyp
     histogram = Histogram.from_tensor(seen)
     if histogram.reach == 0:
         ends = (0.0, 0.0)
+    elif activations.granularity == "tensor_group":  # groups' scales are relative to it: nothing gets finer by cutting
+        ends = minmax(histogram, activations)
     elif activations.outliers:
         ends = leaving(histogram, activations.outliers)
     else:

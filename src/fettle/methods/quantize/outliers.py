@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fettle.errors import NonFiniteError
 from fettle.methods.quantize.fields import GridFields
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM
 from fettle.methods.quantize.rounding_cost import costliest, largest
 from fettle.methods.quantize.solvers import Solver, SolverName
 from fettle.tensors.quantized import QuantizedTensor
@@ -83,7 +84,7 @@ class SparseOutliers(GridFields):
 
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
         """Chooses what is kept, then codes for the rest, for weight [out, in]."""
-        wanted = {name: statistics[name] for name in self.needs() if name in statistics}
+        wanted = {name: statistics[name] for name in (*self.needs(), FUSED_MAXIMUM) if name in statistics}
         return sparse_outliers(weight, wanted, self.scheme(dtype), solver=self.solver, importance=self.importance)
 
 

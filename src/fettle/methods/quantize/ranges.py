@@ -12,7 +12,8 @@ smallest that the type has.
 
 Scales of float8_e4m3fn have too little range for a model's weights: there the weight is multiplied by one float32 for
 the whole tensor first, highest level · 448 / max|w|, so that the largest scale is the largest that the type has (the NV
-layout, which stores this number); `in_tensor_units` does that around any solver.
+layout, which stores this number); `in_tensor_units` does that around any solver. Where linears share the number, max|w|
+is that of all of them.
 """
 
 from __future__ import annotations
@@ -29,15 +30,23 @@ from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 
 
-def in_tensor_units(weight: Tensor, scheme: Scheme, solve: Callable[[Tensor], QuantizedTensor]) -> QuantizedTensor:
+def in_tensor_units(
+    weight: Tensor, scheme: Scheme, solve: Callable[[Tensor], QuantizedTensor], largest: Tensor | None = None
+) -> QuantizedTensor:
     """What `solve` makes of weight [out, in], in units of the tensor scale where the scheme has one.
+
+    Args:
+        weight: [out, in].
+        scheme: of its codes.
+        solve: the weight in those units → codes.
+        largest: float32 [1], max|w| of all linears that share the tensor scale; None where none does.
 
     Raises:
         NonFiniteError: NaN or infinity in the weight.
     """
     if not scheme.has_tensor_scale:
         return solve(weight)
-    largest = weight.float().abs().max()
+    largest = weight.float().abs().max() if largest is None else largest
     if not bool(torch.isfinite(largest)):
         raise NonFiniteError(NOT_FINITE)
     top = max(-scheme.grid.levels[0], scheme.grid.levels[-1]) * torch.finfo(scheme.torch_scale_dtype).max
@@ -47,6 +56,7 @@ def in_tensor_units(weight: Tensor, scheme: Scheme, solve: Callable[[Tensor], Qu
     return replace(solve(weight.float() * unit), tensor_scale=unit.reshape(1))
 
 
+FUSED_MAXIMUM = "fused_maximum"  # in the statistics where linears share a tensor scale: `largest`
 NOT_FINITE = (
     "the weight holds NaN or infinity, which no code can stand for; check the checkpoint, or leave this linear out "
     "with where:"

@@ -26,13 +26,13 @@ Memory: a few float32 matrices [out, in], two grams, 4 MB of scores.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fettle.errors import NonFiniteError
+from fettle.errors import NonFiniteError, RecipeError
 from fettle.methods.protocols import BlockView, Tuner
 from fettle.methods.quantize.learned_rounding import RoundingTuner, learned
 from fettle.methods.quantize.ranges import NOT_FINITE
@@ -52,6 +52,7 @@ from fettle.tensors.vectors import VectorScheme, VectorTensor
 
 # Spread of the weights over that of the entries, by bits: where a normal weight loses least, and a little for feedback.
 SPREAD = {1: 0.9, 2: 1.1, 3: 1.1, 4: 1.2}
+OF_STEPS = ("batch_windows", "code_rate", "scale_rate")
 HEADROOM = 2.0  # by how much a scale of eight bits can grow over its start
 
 
@@ -124,9 +125,15 @@ class ResidualCodebooks:
         """Checks that the fields fit together.
 
         Raises:
-            RecipeError: groups that are no whole eights.
+            RecipeError: groups that are no whole eights; what is about steps where there are none.
         """
         self.scheme("float32").validate()
+        for found in fields(self):
+            if self.steps == 0 and found.name in OF_STEPS and getattr(self, found.name) != found.default:
+                raise RecipeError(
+                    f"residual_codebooks: {found.name} is about gradient steps, and steps is 0; set steps: 48, or "
+                    "leave it out"
+                )
 
     def scheme(self, dtype: str) -> VectorScheme:
         """The scheme; `dtype` is the model's own, for scale_dtype "auto"."""
@@ -168,6 +175,8 @@ class ResidualCodebooks:
 class VectorTuner:
     """Learned rounding's steps on vector codes."""
 
+    most_weights: ClassVar[None] = None
+
     options: RoundingTuner
 
     def tune(
@@ -185,7 +194,7 @@ def vector_codes(weight: Tensor, factor: VectorFactor, scheme: VectorScheme, *, 
         NonFiniteError: a scale beyond its type.
     """
     filled = filled_up(weight)
-    width = scheme.group_size or filled.shape[1]
+    width = min(scheme.group_size or filled.shape[1], filled.shape[1])
     groups = torch.split(filled, width, dim=1)
     spread = torch.stack([group.square().mean(1).sqrt() for group in groups], dim=1)
     start = SPREAD[scheme.bits] * spread / scheme.stages[0].energy ** 0.5

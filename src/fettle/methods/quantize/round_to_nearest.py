@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fettle.methods.quantize.fields import GridFields
-from fettle.methods.quantize.ranges import in_tensor_units
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM, in_tensor_units
 from fettle.methods.quantize.sharing import choose_shared
 from fettle.tensors.quantized import QuantizedTensor, quantize
 from fettle.tensors.scheme import Scheme
@@ -46,11 +46,13 @@ class RoundToNearest(GridFields):
 
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
         """Chooses scales, then the nearest codes, for weight [out, in]; needs no statistics."""
-        return round_to_nearest(weight, self.scheme(dtype), clip=self.clip)
+        return round_to_nearest(weight, self.scheme(dtype), clip=self.clip, largest=statistics.get(FUSED_MAXIMUM))
 
 
-def round_to_nearest(weight: Tensor, scheme: Scheme, *, clip: str = "none") -> QuantizedTensor:
-    """The nearest codes of weight [out, in] in `scheme`; pure.
+def round_to_nearest(
+    weight: Tensor, scheme: Scheme, *, clip: str = "none", largest: Tensor | None = None
+) -> QuantizedTensor:
+    """The nearest codes of weight [out, in] in `scheme`; pure. `largest`: see `in_tensor_units`.
 
     Raises:
         NonFiniteError: NaN or infinity in the weight, or a scale beyond its type.
@@ -60,4 +62,4 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, *, clip: str = "none") -> Q
         shared = choose_shared(weight, scheme, clip=clip)
         return quantize(weight, shared.scale, shared.zero_point, scheme, levels=shared.levels)
 
-    return in_tensor_units(weight, scheme, solve)
+    return in_tensor_units(weight, scheme, solve, largest)

@@ -36,7 +36,7 @@ from fettle.errors import NonFiniteError
 from fettle.methods.protocols import Rescaler
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.gptq import Gptq
-from fettle.methods.quantize.ranges import NOT_FINITE
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM, NOT_FINITE
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.tensors.quantized import QuantizedTensor
 
@@ -75,7 +75,7 @@ class SmoothQuant(GridFields):
         """The solver's codes of weight [out, in]; the walk rescaled it where it can be."""
         if self.solver == "gptq":
             return self._gptq().compress(weight, statistics, dtype=dtype)
-        return round_to_nearest(weight, self.scheme(dtype), clip=self.clip)
+        return round_to_nearest(weight, self.scheme(dtype), clip=self.clip, largest=statistics.get(FUSED_MAXIMUM))
 
     def rescaler(self) -> Rescaler:
         """The factors, with this instance's alpha."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fettle.errors import NonFiniteError
 from fettle.methods.quantize.errors import output_error, weight_error
 from fettle.methods.quantize.gptq import GptqOptions, gptq
-from fettle.methods.quantize.ranges import NOT_FINITE, in_tensor_units
+from fettle.methods.quantize.ranges import FUSED_MAXIMUM, NOT_FINITE, in_tensor_units
 from fettle.methods.quantize.refine import less_remainder, refine
 from fettle.methods.quantize.round_to_nearest import round_to_nearest
 from fettle.methods.quantize.sweep import Factor, corrected, factorize
@@ -44,6 +44,7 @@ class Solver:
         self._name, self._scheme = name, scheme.codes_alone
         self.target = weight.float()
         self.gram = statistics.get("gram")
+        self._largest = statistics.get(FUSED_MAXIMUM)
         self.damping = 0.0
         self.inverse_diagonal = torch.ones(weight.shape[1])
         if self.gram is None:
@@ -60,10 +61,10 @@ class Solver:
     def codes(self, weight: Tensor) -> QuantizedTensor:
         """Codes of weight [out, in], without a remainder."""
         if self._name == "round_to_nearest" or self.gram is None:
-            return round_to_nearest(weight, self._scheme, clip="search")
+            return round_to_nearest(weight, self._scheme, clip="search", largest=self._largest)
         gram, scheme = self.gram, self._scheme
         options = GptqOptions(damping=DAMPING, clip="best", refine_passes=REFINE_PASSES)
-        return in_tensor_units(weight, scheme, lambda units: gptq(units, gram, scheme, options))
+        return in_tensor_units(weight, scheme, lambda units: gptq(units, gram, scheme, options), self._largest)
 
     def again(self, quantized: QuantizedTensor) -> QuantizedTensor:
         """Codes and scales for what the remainder leaves: GPTQ's move from where they are, rounded ones start anew."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fettle.errors import NonFiniteError
+from fettle.methods.quantize.sweep import DAMPING_TRIES
 from fettle.methods.quantize.vector_search import EntrySearch
 from fettle.tensors.codebook import DIMENSION
 from fettle.tensors.vectors import VectorScheme, VectorTensor, scaled, units_of
@@ -50,14 +51,28 @@ class VectorFactor:
 
 
 def factorize_eights(gram: Tensor, damping: float) -> VectorFactor:
-    """The factor of a gram [in, in] plus `damping`, a number that is added to its diagonal."""
+    """The factor of a gram [in, in] plus `damping`, a number that is added to its diagonal.
+
+    Where rounding leaves that indefinite in this order of the columns, more is added.
+
+    Raises:
+        NonFiniteError: nothing helps: this is no gram.
+    """
     columns = -(-len(gram) // DIMENSION) * DIMENSION
     filled = pad(gram.float(), (0, columns - len(gram), 0, columns - len(gram)))
     filled.diagonal().add_(damping)
     strength = filled.diagonal().reshape(-1, DIMENSION).sum(1)
     order = torch.argsort(strength, descending=True, stable=True).flip(0)
     arranged = (order.unsqueeze(1) * DIMENSION + torch.arange(DIMENSION)).flatten()
-    lower = torch.linalg.cholesky(filled[arranged.unsqueeze(1), arranged])
+    lower, info = torch.linalg.cholesky_ex(filled[arranged.unsqueeze(1), arranged])
+    for attempt in range(DAMPING_TRIES):
+        if int(info) == 0:
+            break
+        mean = float(filled.diagonal().double().mean())
+        filled.diagonal().add_(max(damping, 1e-6 * mean) * 10**attempt)
+        lower, info = torch.linalg.cholesky_ex(filled[arranged.unsqueeze(1), arranged])
+    if int(info):
+        raise NonFiniteError("the gram is no matrix of products: not positive definite even with much damping")
     eights = len(order)
     blocks = lower.view(eights, DIMENSION, eights, DIMENSION)
     metrics = torch.stack([blocks[b, :, b] for b in range(eights)])

@@ -142,7 +142,7 @@ def check_scheme(scheme: Scheme, rule: ScaleRule) -> None:
         raise RecipeError(f"qat trains codes and their scales alone; {scheme.describe()} has more than that")
     if rule == "mean" and scheme.zero_point:
         raise RecipeError("the scale mean |w| has no zero point; use asymmetric: false or scale_rule: learned")
-    if scheme.activations is not None and not scheme.activations.dynamic:
+    if scheme.has_input_scale:
         raise RecipeError("a stored input scale cannot be while the inputs still change; use activations: dynamic")
 
 

@@ -25,7 +25,7 @@ _NAMES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_levels", "weight_global_scale",
     "weight_sparse_values", "weight_sparse_columns", "weight_sparse_offsets",
     "weight_factor_left", "weight_factor_right",
-    "input_scale", "input_zero_point",
+    "input_scale", "input_zero_point", "input_global_scale",
 )  # fmt: skip
 
 

@@ -8,8 +8,9 @@
     mxfp4-pack-quantized   e2m1                                        e8m0, groups of 32
     nvfp4-pack-quantized   e2m1                                        e4m3, groups of 16, and one float32
 
-The standard's names of the last three are the presets MXFP8A16, MXFP4A16 and NVFP4A16; tests compare the words of each
-with the presets, and the tensors with the standard's own compressors.
+The standard's names of the last three are the presets MXFP8A16, MXFP4A16 and NVFP4A16, and with inputs in the same
+floats MXFP8, MXFP4 and NVFP4; tests compare the words of each with the presets, and the tensors with the standard's own
+compressors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fettle.models.anatomy import Anatomy, Linear
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.masked_storage import masked_obstacle
 from fettle.models.storage.modules import every_linear, module_name
-from fettle.tensors.activations import GROUP, Activations
+from fettle.tensors.activations import GROUP_SIZES, Activations
 from fettle.tensors.grid import Grid, uniform
 from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Granularity, Scheme
@@ -36,6 +37,10 @@ STORAGES = get_args(Storage)
 MIXED = "mixed-precision"
 _CLASSES = ("Linear", "Conv1D", "Embedding")  # a target by class; that it is stored as codes, the tensors say
 _SCALE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+INPUT_GROUPS = {  # granularity of inputs → the storages of weights that they go with, and the type of their scales
+    "group": (("mxfp4-pack-quantized", "mxfp8-quantized"), torch.uint8),
+    "tensor_group": (("nvfp4-pack-quantized",), torch.float8_e4m3fn),
+}
 OWN_SCALES = {  # format → the type that its scales are stored in, the one that they mean, and the size of its groups
     "mxfp8-quantized": (torch.uint8, "float8_e8m0fnu", 32),
     "mxfp4-pack-quantized": (torch.uint8, "float8_e8m0fnu", 32),
@@ -78,9 +83,9 @@ def standard_obstacle(linear: Linear, scheme: WeightScheme, anatomy: Anatomy, st
         ),
         (
             scheme.activations is not None
-            and scheme.activations.granularity == "group"
-            and storage not in ("mxfp4-pack-quantized", "mxfp8-quantized"),
-            f"the standard's inputs with a scale for each group ({name}) go with weights of the MX formats",
+            and scheme.activations.granularity in INPUT_GROUPS
+            and storage not in INPUT_GROUPS[scheme.activations.granularity][0],
+            f"the standard's inputs with a scale for each group ({name}) go with weights of the same format, MX or NV",
         ),
         (
             scheme.activations is not None and scheme.activations.outliers > 0,
@@ -173,11 +178,14 @@ def inputs_arguments(activations: Activations | None) -> dict[str, Any] | None:
         "type": "int" if activations.grid == "uniform" else "float",
         "symmetric": not activations.zero_point,
         "strategy": activations.granularity,
-        "group_size": GROUP if activations.granularity == "group" else None,
+        "group_size": activations.group_size,
         "dynamic": activations.dynamic,
     }
-    if activations.granularity == "group":
-        arguments |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    if activations.granularity in INPUT_GROUPS:
+        dtype = str(INPUT_GROUPS[activations.granularity][1])
+        arguments |= {"scale_dtype": dtype, "zp_dtype": dtype}
+    if activations.granularity == "tensor_group":  # the groups' scales are found on the spot, their unit is stored
+        arguments |= {"dynamic": "local", "observer": "static_minmax"}
     return arguments
 
 
@@ -270,23 +278,31 @@ def _read_inputs(arguments: Mapping[str, Any] | None, linear: Linear) -> Activat
     dynamic, strategy = arguments.get("dynamic", False), arguments.get("strategy") or "tensor"
     bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
     known = kind == "int" or (kind == "float" and bits == FLOAT8.bits)
-    known = known and strategy in ("token", "tensor")
-    mx = kind == "float" and bits in (FLOAT4.bits, FLOAT8.bits) and strategy == "group"
-    mx = (
-        mx and arguments.get("group_size") == GROUP and "uint8" in str(arguments.get("scale_dtype")) and dynamic is True
-    )
-    if not (known or mx) or not isinstance(dynamic, bool):
+    known = known and strategy in ("token", "tensor") and isinstance(dynamic, bool)
+    if not (known or _in_groups(arguments, bits, kind, strategy)):
         raise CheckpointError(
             f"the inputs of {linear.name} are quantized as {bits}-bit {kind}, strategy {strategy}, dynamic {dynamic}, "
-            "which fettle does not read. It reads integers and 8-bit floats with a scale a token or a tensor, and MX "
-            "floats of 4 and 8 bits. Give it the original model."
+            "which fettle does not read. It reads integers and 8-bit floats with a scale a token or a tensor, MX "
+            "floats of 4 and 8 bits, and NV floats. Give it the original model."
         )
     return Activations.from_dict(
         {
-            "dynamic": dynamic, "bits": bits, "granularity": strategy, "grid": "uniform" if kind == "int" else "float",
-            "zero_point": not arguments.get("symmetric", True),
+            "dynamic": bool(dynamic), "bits": bits, "granularity": strategy,
+            "grid": "uniform" if kind == "int" else "float", "zero_point": not arguments.get("symmetric", True),
         }
     )  # fmt: skip
+
+
+def _in_groups(arguments: Mapping[str, Any], bits: Any, kind: Any, strategy: Any) -> bool:
+    """Whether inputs are floats of the MX formats, or of the NV one."""
+    if kind != "float" or strategy not in INPUT_GROUPS:
+        return False
+    said = str(arguments.get("scale_dtype")).removeprefix("torch.")
+    same = said == str(INPUT_GROUPS[strategy][1]).removeprefix("torch.")
+    same = same and arguments.get("group_size") == GROUP_SIZES[strategy]
+    if strategy == "group":
+        return same and bits in (FLOAT4.bits, FLOAT8.bits) and arguments.get("dynamic") is True
+    return same and bits == FLOAT4.bits and str(arguments.get("dynamic")).lower() == "local"
 
 
 def _find_group(config: Mapping[str, Any], linear: Linear) -> Mapping[str, Any] | None:
