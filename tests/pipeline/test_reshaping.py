@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import fettle
+from fettle.api import compressing
 from fettle.errors import RecipeError, UsageError
 from fettle.models.checkpoint import Checkpoint
 from fettle.pipeline.recipe import Recipe, parse_recipe, recipe_from_method
@@ -64,7 +65,9 @@ def test_it_is_measured_against_the_original(made, tiny_llama):
     assert evaluation.kl_mean > 0 and evaluation.reference_perplexity != evaluation.perplexity
     assert (len(evaluation.error_by_block) == 2) == (kind == "narrow")
     assert (evaluation.output_relative_error is None) == (kind == "all")
-    again = fettle.evaluate(found.folder, reference=tiny_llama, max_tokens=16384)  # the folder says it was reshaped
+    again = fettle.evaluate(
+        found.folder, reference=tiny_llama, max_tokens=compressing.EVALUATION_TOKENS
+    )  # the folder says it was reshaped
     assert again.kl_mean == evaluation.kl_mean
 
 

@@ -64,8 +64,7 @@ def run(
     from fettle.models.checkpoint import Checkpoint
     from fettle.workers import available_threads
 
-    used = threads or available_threads()
-    opening = RunnerOptions(threads=used, device=device, generic=generic)
+    opening = RunnerOptions(threads=threads or available_threads(), device=device, generic=generic)
     engine = settle_engine(engine, folder, opening)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
@@ -77,10 +76,10 @@ def run(
     runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=cached))
     cache_bytes = runner.shape.page_bytes / runner.shape.page_size
     read_bytes, weights = weights_read(checkpoint, anatomy)
-    found = measure_speed(runner, options, threads=used)
+    found = measure_speed(runner, options, threads=opening.threads)
     used_shares = shares(found, read_bytes, weights)
     document = {
-        **{"model": model, "engine": engine, "threads": used, "device": device},
+        **{"model": model, "engine": engine, "threads": opening.threads, "device": device},
         "command_line": command_line(sys.argv[1:]),
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
@@ -97,7 +96,13 @@ def run(
     if json:
         emit_json("bench", document)
         return
-    _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, (read_bytes, cache_bytes))
+    _print(
+        f"{model}, {engine}, {opening.threads} threads, {device}",
+        options,
+        found,
+        used_shares,
+        (read_bytes, cache_bytes),
+    )
     if report is not None:
         print(f"Report: {report}")
 

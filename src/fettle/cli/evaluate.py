@@ -93,9 +93,7 @@ def run(
         generic=generic,
         progress=progress(json=json),
     )
-    found = measured.to_json()
-    command = command_line(sys.argv[1:])
-    failed = None
+    found, command, failed = measured.to_json(), command_line(sys.argv[1:]), None
     if isinstance(measured, ClassifierEvaluation):
         _classifier(measured, {"model": model, "reference": reference, "command_line": command}, max_kl, json=json)
         return
