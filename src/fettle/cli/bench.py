@@ -81,9 +81,7 @@ def run(
     document = {
         **{"model": model, "engine": engine, "threads": opening.threads, "device": device},
         "command_line": command_line(sys.argv[1:]),
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "repetitions": options.repetitions,
+        **{name: getattr(options, name) for name in ("prompt_tokens", "new_tokens", "repetitions")},
         "weight_bytes": read_bytes,
         "cache_bytes_per_token": cache_bytes,
         **{name: _median(value) for name, value in found.items()},
@@ -96,13 +94,8 @@ def run(
     if json:
         emit_json("bench", document)
         return
-    _print(
-        f"{model}, {engine}, {opening.threads} threads, {device}",
-        options,
-        found,
-        used_shares,
-        (read_bytes, cache_bytes),
-    )
+    title = f"{model}, {engine}, {opening.threads} threads, {device}"
+    _print(title, options, found, used_shares, (read_bytes, cache_bytes))
     if report is not None:
         print(f"Report: {report}")
 
