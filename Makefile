@@ -13,7 +13,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The suites that run over every method, grid and family, or compress, train or serve whole models: `make test` runs them, and
 # `make check`, which CI runs right before, need not do it too.
-WIDE := $(addprefix --ignore=tests/,conformance parity pipeline recipes search docs diagnose cli engine vision methods/train methods/reshape)
+WIDE := $(addprefix --ignore=tests/,conformance parity pipeline recipes search docs diagnose cli engine vision kernels models evaluate \
+	methods/train methods/reshape methods/filters)
 
 .PHONY: help install demo test check bench test-all docs constraints clean
 
@@ -46,7 +47,7 @@ test-all: $(STAMP)  ## also the tests that need ../shared/assets
 bench: $(STAMP)  ## time and memory of compression, one JSON line each
 	@for script in $(sort $(wildcard benchmarks/*/*.py)); do echo "# $$script" >&2; $(BIN)/python $$script || exit 1; done
 
-docs: $(STAMP)  ## rewrite the generated pages: docs/methods.md and the README's session
+docs: $(STAMP)  ## rewrite what is generated: docs/methods.md, outlines.json, the README's session
 	$(BIN)/python tools/generate_docs.py
 	$(BIN)/python tools/refresh_readme.py
 

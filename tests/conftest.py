@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_tokens_measured() -> Iterator[None]:
+    """`compress` and `train` measure what they wrote on 1,024 tokens instead of 16,384, and a budget's search looks at
+    512 instead of 4,096: the same path, in a second.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("compressing", "training"):
+            patch.setattr(f"fettle.api.{module}.EVALUATION_TOKENS", 1024)
+        patch.setattr("fettle.search.choose.SAMPLE_TOKENS", 512)
+        yield

@@ -1,16 +1,22 @@
-"""Writes docs/methods.md from the registry, and says with --check whether it is up to date.
+"""Writes what follows from the methods, docs/methods.md and the command line's outlines.json; --check only compares.
 
 python tools/generate_docs.py [--check]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from fettle.cli import outlines
 from fettle.cli.method_pages import describe_methods, describe_training
-from fettle.methods.registry import BASES
+from fettle.engine.sampler import Sampling
+from fettle.methods.registry import BASES, EVERY_METHOD
+from fettle.methods.train import TRAIN_METHODS
+from fettle.pipeline.recipe import CalibrationOptions
+from fettle.tensors.cache_codes import CacheScheme
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """# Methods
@@ -67,15 +73,34 @@ def page() -> str:
     return "\n".join([HEAD, *compressing, TRAINING, *training])
 
 
+def outlined() -> str:
+    """The file of outlines."""
+    rooms = {"methods": EVERY_METHOD, "bases": BASES, "training": TRAIN_METHODS}
+    found = {part: {name: outlines.outline_of(cls) for name, cls in classes.items()} for part, classes in rooms.items()}
+    found["options"] = {cls.__name__: outlines.outline_of(cls) for cls in (CalibrationOptions, Sampling, CacheScheme)}
+    parts = [
+        f'"{part}": {{\n'
+        + ",\n".join(f' "{name}": {json.dumps(o, ensure_ascii=False)}' for name, o in held.items())
+        + "\n}"
+        for part, held in found.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"  # a method a line: a change shows which
+
+
+def same_or_written(path: Path, wanted: str, *, check: bool) -> bool:
+    """Whether the file says what it should; without `check` it is made to."""
+    same = path.is_file() and path.read_text(encoding="utf-8") == wanted
+    if not same and not check:
+        path.write_text(wanted, encoding="utf-8")
+    print(f"{path.name} is up to date" if same else f"{path.name} is old; run: make docs" if check else path.name)
+    return same or not check
+
+
 def main() -> int:
-    """Writes or checks the page; returns the exit code."""
-    wanted = page()
-    if "--check" in sys.argv[1:]:
-        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == wanted
-        print("docs/methods.md is up to date" if same else "docs/methods.md is old; run: make docs")
-        return 0 if same else 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    """Writes or checks the files; returns the exit code."""
+    check = "--check" in sys.argv[1:]
+    fine = same_or_written(outlines.FILE, outlined(), check=check)  # first: the page is made from it
+    return 0 if same_or_written(PAGE, page(), check=check) and fine else 1
 
 
 if __name__ == "__main__":

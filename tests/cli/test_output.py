@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fettle.cli.output import duration, emit_json, number, size
+from fettle.cli.output import duration, emit_json, figure, number, size
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,17 @@ def test_json_has_its_schema_first_and_no_infinities(capsys: pytest.CaptureFixtu
     }
     assert list(json.loads(printed))[:2] == ["schema", "command"]
     assert "é" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12345.6, "12,346"),
+        (1234567.8, "1,234,568"),
+        (999.94, "999.9"),
+        (0.01234567, "0.01235"),
+        (0.0000123, "0.0000123"),
+    ],
+)
+def test_a_figure_has_no_exponent(value: float, text: str) -> None:
+    assert figure(value) == text

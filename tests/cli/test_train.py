@@ -55,6 +55,19 @@ def test_flags_that_cannot_be_are_refused(
     assert told in capsys.readouterr().err
 
 
+def test_a_training_that_is_refused_leaves_nothing(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["train", str(tiny_llama), "-o", str(tmp_path / "out"), "--method", "distill", "--text", str(text_file)]
+    assert main([*how, *SMALL, "--teacher", "demo"]) == 2  # of another tokenizer
+    assert "tokenizer" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*how, *SMALL]) == 0
+    before = sorted(path.name for path in (tmp_path / "out.run" / "stages").iterdir())
+    assert main([*how, *SMALL, "--teacher", "demo"]) == 2  # what was there before stays
+    assert sorted(path.name for path in (tmp_path / "out.run" / "stages").iterdir()) == before
+
+
 def test_the_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "qat"]) == 0
     assert "Quantization-aware training" in capsys.readouterr().out

@@ -115,6 +115,32 @@ def test_evaluate_measures_against_the_original(
     shown = capsys.readouterr().out
     assert "top-1 agreement" in shown
     assert "worst tokens" in shown
+    assert "Report:" not in shown
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "diagnose"])
+def test_a_page_that_nobody_asked_for_is_announced_and_named(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    page = {"evaluate": "report.html", "diagnose": "diagnosis.html"}[verb]
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{page}, into the current folder. --report PATH puts it elsewhere, --no-report writes none." in told
+
+
+def test_where_the_page_is_stands_below_the_figures(
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--text", str(text_file), "--length", "64", "--max-tokens", "64"]
+    assert main(["evaluate", str(tiny_llama), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "Report: report.html (in this folder; --report PATH puts it elsewhere, --no-report writes none)" in shown
+    assert main(["evaluate", str(tiny_llama), *flags, "--report", "deep/page.html"]) == 0
+    assert capsys.readouterr().out.endswith("Report: deep/page.html\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "deep"}
 
 
 def test_the_gate_opens_and_shuts(
@@ -318,12 +344,14 @@ def test_budgets_that_cannot_be(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [["--recipe", "round-to-nearest-4bit"], pytest.param([], marks=pytest.mark.exhaustive)]
+)
 def test_demo_compares_and_completes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["demo"]) == 0
+    assert main(["demo", *flags]) == 0
     shown = capsys.readouterr().out
     for word in (
         "bits per weight",
@@ -430,7 +458,7 @@ def test_bench_measures_everything_and_says_the_shares(
     assert found["prefill_tokens_per_second"] == pytest.approx(32 / found["time_to_first_token_seconds"], rel=0.5)
     wanted = found["weight_bytes"] * found["decode_tokens_per_second"]["1"] / found["read_bytes_per_second"]
     assert found["memory_bandwidth_share"] == pytest.approx(wanted)
-    assert 0 < found["arithmetic_share"] < 1
+    assert found["arithmetic_share"] > 0
     page = tmp_path / "speed.html"
     assert main(["bench", str(tiny_llama), *small, "--report", str(page)]) == 0
     assert "decode, 4 at once" in capsys.readouterr().out

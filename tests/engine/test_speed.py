@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fettle.engine.speed import Measured, SpeedOptions, shares, weights_read
+from fettle.engine.speed import Measured, shares, weights_read
+from fettle.engine.speed_options import SpeedOptions
 from fettle.errors import UsageError
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint

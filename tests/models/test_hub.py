@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Answer(BaseHTTPRequestHandler):
         """Silence: the test's own output is enough."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
     server = Hub(demo_folder(), {"pytorch_model.bin": b"never wanted", "modeling_small.py": b"raise SystemExit"})
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -96,7 +97,39 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
-def fettle(hub: Hub, cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
+COMMANDS = (
+    ["inspect", MODEL, "--json"],
+    ["inspect", MODEL, "--json"],  # again: from the cache
+    ["inspect", "someone/other-model"],
+)
+SCRIPT = """
+import contextlib, io, json, sys
+from fettle.cli.main import main
+
+said = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
+        code = main(words)
+    said.append((code, out.getvalue(), error.getvalue()))
+print(json.dumps(said))
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    code: int
+    out: str
+    error: str
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub") / "cache"
+
+
+@pytest.fixture(scope="module")
+def told(hub: Hub, cache: Path) -> list[Told]:
+    """What `COMMANDS` said, in one process: the addresses are read from the environment when it starts."""
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HUB_CACHE": str(cache),
@@ -104,32 +137,31 @@ def fettle(hub: Hub, cache: Path, *words: str) -> subprocess.CompletedProcess[st
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "fettle", *words],
-        check=False,
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(COMMANDS)],
+        check=True,
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
+    return [Told(*each) for each in json.loads(ran.stdout.splitlines()[-1])]
 
 
-def test_a_hub_id_is_downloaded_once_and_only_what_a_model_needs(hub: Hub, tmp_path: Path) -> None:
-    first = fettle(hub, tmp_path / "cache", "inspect", MODEL, "--json")
-    assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["family"] == "llama"
-    assert "model.safetensors" in hub.served
+def test_a_hub_id_is_downloaded_once_and_only_what_a_model_needs(hub: Hub, cache: Path, told: list[Told]) -> None:
+    first, again, _ = told
+    assert first.code == 0, first.error
+    assert json.loads(first.out)["family"] == "llama"
     assert not {"pytorch_model.bin", "modeling_small.py"} & set(hub.served)
-    [held] = (tmp_path / "cache").glob("models--*/snapshots/*/model.safetensors")
+    [held] = cache.glob("models--*/snapshots/*/model.safetensors")
     assert held.read_bytes() == (demo_folder() / "model.safetensors").read_bytes()
+    assert again.out == first.out
+    assert hub.served.count("model.safetensors") == 1, "the cache was not used"
+    assert len(hub.served) == len(set(hub.served))
 
-    hub.served.clear()
-    assert fettle(hub, tmp_path / "cache", "inspect", MODEL, "--json").stdout == first.stdout
-    assert hub.served == [], "the cache was not used"
 
-
-def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
-    missing = fettle(hub, tmp_path, "inspect", "someone/other-model")
-    assert missing.returncode == 4
-    assert "the hub has no model 'someone/other-model' that you may read" in missing.stderr
-    assert "Traceback" not in missing.stderr
+def test_a_model_that_the_hub_does_not_have_is_one_sentence(told: list[Told]) -> None:
+    missing = told[-1]
+    assert missing.code == 4
+    assert "the hub has no model 'someone/other-model' that you may read" in missing.error
+    assert "Traceback" not in missing.error

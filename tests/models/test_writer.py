@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from fettle.errors import DiskFullError
 from fettle.models import writer
 from fettle.models.checkpoint import INDEX, Checkpoint
 from fettle.models.header import DTYPES
+from tests.apart import run_apart
 
 UNSUPPORTED_BY_TORCH_SAVE = {"U16", "U32", "U64"}
 DTYPE = st.sampled_from([dtype for name, dtype in sorted(DTYPES.items()) if name not in UNSUPPORTED_BY_TORCH_SAVE])
@@ -88,38 +88,32 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert (tmp_path / "x.safetensors").read_bytes() == b"earlier"
 
 
-SCRIPT = """
-import resource, signal, sys, torch
-from pathlib import Path
-from fettle.errors import DiskFullError
-from fettle.models.writer import write_shard, write_text
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-folder = Path(sys.argv[1])
-write_shard(folder, "small.safetensors", {"a": torch.zeros(1000)})
-for write in (
-    lambda: write_shard(folder, "large.safetensors", {"a": torch.zeros(10_000)}),
-    lambda: write_text(folder / "large.txt", "x" * 30_000),
-):
-    try:
-        write()
-    except DiskFullError as error:
-        print(error)
-    else:
-        sys.exit("written beyond the limit")
-"""
+def write_beyond_a_limit(folder: Path) -> None:
+    """Writes three files where the system lets none be larger than 20,000 bytes; prints what two of them said."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hardest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hardest))
+    said = []
+    writer.write_shard(folder, "small.safetensors", {"a": torch.zeros(1000)})
+    for write in (
+        lambda: writer.write_shard(folder, "large.safetensors", {"a": torch.zeros(10_000)}),
+        lambda: writer.write_text(folder / "large.txt", "x" * 30_000),
+    ):
+        with pytest.raises(DiskFullError) as refused:
+            write()
+        said.append(str(refused.value))
+    print(said)
 
 
 def test_the_system_refusing_a_write_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "large.safetensors").write_bytes(b"earlier")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "large.safetensors" in done.stdout and "large.txt" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.safetensors", "small.safetensors"]
-    assert (tmp_path / "large.safetensors").read_bytes() == b"earlier"
+    folder = tmp_path / "written"
+    folder.mkdir()
+    (folder / "large.safetensors").write_bytes(b"earlier")
+    ended = run_apart(write_beyond_a_limit, folder, folder=tmp_path)
+    assert ended.code == 0, ended.said
+    assert "large.safetensors" in ended.said and "large.txt" in ended.said
+    assert sorted(p.name for p in folder.iterdir()) == ["large.safetensors", "small.safetensors"]
+    assert (folder / "large.safetensors").read_bytes() == b"earlier"
 
 
 def test_another_error_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:

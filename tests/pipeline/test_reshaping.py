@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,12 +12,14 @@ import torch
 import transformers
 
 import fettle
+from fettle.api import compressing
 from fettle.errors import RecipeError, UsageError
 from fettle.models.checkpoint import Checkpoint
 from fettle.pipeline.recipe import Recipe, parse_recipe, recipe_from_method
 from fettle.pipeline.run import prepare
 from fettle.search.allocation import allocated
 
+from ..apart import run_apart, signal_at_sync
 from .conftest import digests
 
 GPTQ = {"method": "gptq", "bits": 4, "group_size": 16}
@@ -67,7 +65,9 @@ def test_it_is_measured_against_the_original(made, tiny_llama):
     assert evaluation.kl_mean > 0 and evaluation.reference_perplexity != evaluation.perplexity
     assert (len(evaluation.error_by_block) == 2) == (kind == "narrow")
     assert (evaluation.output_relative_error is None) == (kind == "all")
-    again = fettle.evaluate(found.folder, reference=tiny_llama, max_tokens=16384)  # the folder says it was reshaped
+    again = fettle.evaluate(
+        found.folder, reference=tiny_llama, max_tokens=compressing.EVALUATION_TOKENS
+    )  # the folder says it was reshaped
     assert again.kl_mean == evaluation.kl_mean
 
 
@@ -89,35 +89,18 @@ def test_the_plan_knows_the_bytes(made, tiny_llama):
     assert plan.output_bytes == sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
 
 
-KILLED = """
-    import os, sys
-    from pathlib import Path
-    import fettle
-    from tests.pipeline.test_reshaping import STEPS, recipe_of
-    limit, calls, real = int(sys.argv[4]), 0, os.fsync
-
-    def fsync(descriptor):
-        global calls
-        calls += 1
-        if calls == limit:
-            os.kill(os.getpid(), 9)
-        real(descriptor)
-
-    os.fsync = fsync
-    fettle.compress(sys.argv[1], sys.argv[2], recipe_of(Path(sys.argv[3]), *STEPS["all"]), evaluate=False, threads=1)
-"""
+def compress_until(model: Path, out: Path, text: Path, at: int) -> None:
+    """Compresses; the durable write `at` kills the process."""
+    signal_at_sync(at, signal.SIGKILL)
+    fettle.compress(model, out, recipe_of(text, *STEPS["all"]), evaluate=False, threads=1)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes_on_other_threads(tiny_llama, text_file, tmp_path):
-    recipe, root = recipe_of(text_file, *STEPS["all"]), Path(__file__).parents[2]
+    recipe = recipe_of(text_file, *STEPS["all"])
     fettle.compress(tiny_llama, tmp_path / "whole" / "model", recipe, evaluate=False, threads=2)
     out = tmp_path / "killed" / "model"
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny_llama), str(out), str(text_file), "6"],
-        cwd=root, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
-    )  # fmt: skip
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    run = run_apart(compress_until, tiny_llama, out, text_file, 6, folder=tmp_path)
+    assert run.code == -signal.SIGKILL, run.said
     assert list(out.glob("model-*.safetensors")) and not (out / "config.json").exists()
     fettle.compress(tiny_llama, out, recipe, evaluate=False)
     assert digests(out) == digests(tmp_path / "whole" / "model")

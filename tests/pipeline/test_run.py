@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from fettle.pipeline.journal import run_folder
 from fettle.pipeline.recipe import parse_recipe
 from fettle.pipeline.run import prepare
 
+from ..apart import Ended, run_apart, signal_at_sync
 from ..parity.tiny_models import TINY, write_model
 from .conftest import digests, make_recipe
 
@@ -68,38 +65,22 @@ def test_a_finished_run_is_not_done_again(tiny_llama, small_recipe, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
 
 
-KILLED = """
-    import os, sys
-    from pathlib import Path
-    import fettle
-    from tests.pipeline.conftest import make_recipe
-    limit, calls, real = int(sys.argv[4]), 0, os.fsync
-
-    def fsync(descriptor):
-        global calls
-        calls += 1
-        if calls == limit:
-            os.kill(os.getpid(), 9)
-        real(descriptor)
-
-    os.fsync = fsync
-    fettle.compress(sys.argv[1], sys.argv[2], make_recipe(Path(sys.argv[3])), evaluate=False, threads=1)
-    print(calls)
-"""
+def compress_until(model: Path, out: Path, text: Path, at: int, number: int) -> None:
+    """Compresses, unless the durable write `at` comes first and with it the signal; prints how many there were."""
+    writes = signal_at_sync(at, number)
+    fettle.compress(model, out, make_recipe(text), evaluate=False, threads=1)
+    print(writes())
 
 
-def killed_run(model: Path, out: Path, text: Path, at: int) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(model), str(out), str(text), str(at)],
-        cwd=root, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(root)},
-    )  # fmt: skip
+def killed_run(model: Path, out: Path, text: Path, at: int, number: int = signal.SIGKILL) -> Ended:
+    out.parent.mkdir(exist_ok=True)
+    return run_apart(compress_until, model, out, text, at, number, folder=out.parent)
 
 
 def check_kill_and_resume(model: Path, text: Path, folder: Path, at: int, expected: dict[str, str]) -> None:
     out = folder / f"killed-{at}" / "model"
     run = killed_run(model, out, text, at)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert run.code == -signal.SIGKILL, run.said
     if (out / "fettle.json").exists():  # the marker comes last: whatever has it is whole
         assert digests(out) == expected
     if not (out / "config.json").exists():
@@ -114,8 +95,8 @@ def undisturbed(tiny_llama, text_file, tmp_path_factory):
     """The digests of a run that nobody kills, and how many durable writes it makes."""
     out = tmp_path_factory.mktemp("whole") / "model"
     run = killed_run(tiny_llama, out, text_file, -1)
-    assert run.returncode == 0, run.stderr
-    return digests(out), int(run.stdout.split()[-1])
+    assert run.code == 0, run.said
+    return digests(out), int(run.said.split()[-1])
 
 
 @pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
@@ -135,7 +116,7 @@ def test_a_kill_at_every_durable_write_resumes_to_the_same_bytes(tiny_llama, tex
 def interrupted(tiny_llama, text_file, tmp_path):
     """A folder with a run that was killed half way."""
     out = tmp_path / "model"
-    assert killed_run(tiny_llama, out, text_file, 8).returncode == -signal.SIGKILL
+    assert killed_run(tiny_llama, out, text_file, 8).code == -signal.SIGKILL
     return out
 
 
@@ -235,14 +216,9 @@ def test_a_compressed_model_is_not_compressed_again(tiny_llama, small_recipe, tm
 
 def test_sigterm_stops_within_seconds_and_the_run_resumes(tiny_llama, text_file, undisturbed, tmp_path):
     out = tmp_path / "model"
-    script = KILLED.replace("os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)")
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tiny_llama), str(out), str(text_file), "8"],
-        cwd=root, capture_output=True, text=True, check=False, timeout=60, env=os.environ | {"PYTHONPATH": str(root)},
-    )  # fmt: skip
-    assert run.returncode != 0
-    assert "InterruptedRunError: stopped by SIGTERM" in run.stderr
+    run = killed_run(tiny_llama, out, text_file, 8, signal.SIGTERM)
+    assert run.code not in (0, -signal.SIGTERM)
+    assert "InterruptedRunError: stopped by SIGTERM" in run.said
     fettle.compress(tiny_llama, out, make_recipe(text_file), evaluate=False)
     assert digests(out) == undisturbed[0]
 

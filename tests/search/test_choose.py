@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,18 @@ CANDIDATES = ("gptq bits=2", "gptq bits=3", "gptq bits=4", "round_to_nearest bit
 BITS = 3.4
 
 
-@pytest.fixture()
+@pytest.fixture(scope="module")
 def calibration(text_file: Path) -> Recipe:
     """Only its calibration counts."""
     options = {"windows": 6, "length": 32, "seed": 0, "text": str(text_file)}
     return parse_recipe({"calibration": options, "steps": [{"method": "round_to_nearest"}]}, "test")
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "SAMPLE_TOKENS", 256)
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "SAMPLE_TOKENS", 256)
+        yield
 
 
 def compress(model: Path, out: Path, recipe: Recipe, **options: Any) -> Any:
@@ -36,8 +40,16 @@ def compress(model: Path, out: Path, recipe: Recipe, **options: Any) -> Any:
     return fettle.compress(model, out, recipe, budget=budget, **{"evaluate": False, **options})
 
 
-def test_the_budget_is_kept_and_fused_linears_share(tiny_llama: Path, tmp_path: Path, calibration: Recipe) -> None:
-    made = compress(tiny_llama, tmp_path / "out", calibration)
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_llama: Path, calibration: Recipe, few_tokens: None, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A run on one thread that nobody stops; tests look at it and leave it as it is."""
+    return compress(tiny_llama, tmp_path_factory.mktemp("undisturbed") / "out", calibration, threads=1)
+
+
+def test_the_budget_is_kept_and_fused_linears_share(undisturbed: Any) -> None:
+    made, folder = undisturbed, undisturbed.folder
     found = made.summary["budget"]
     assert 2.5 < found["bits_per_weight"] <= BITS
     assert found["predicted_kl"] > 0 and found["measured_kl"] > 0 and found["written_kl"] is None
@@ -47,7 +59,7 @@ def test_the_budget_is_kept_and_fused_linears_share(tiny_llama: Path, tmp_path: 
         assert len({mix[f"{block}.{part}_proj"] for part in "qkv"}) == 1
         assert len({mix[f"{block}.mlp.{part}_proj"] for part in ("gate", "up")}) == 1
     assert [step["where"] for step in made.summary["recipe"]["steps"]] == [{"name": name} for name in found["mix"]]
-    assert not list((tmp_path / "out.run" / "search").glob("*.safetensors"))
+    assert not list((folder.parent / "out.run" / "search").glob("*.safetensors"))
     assert "KL on calibration text, predicted" in made.report_path.read_text(encoding="utf-8")
 
 
@@ -61,9 +73,12 @@ def test_a_size_is_kept_to_the_byte(tiny_llama: Path, tmp_path: Path, calibratio
 
 
 def test_what_was_written_is_measured_beside_the_prediction(
-    tiny_llama: Path, tmp_path: Path, calibration: Recipe
+    tiny_llama: Path, tmp_path: Path, calibration: Recipe, undisturbed: Any
 ) -> None:
+    for name in ("out", "out.run"):
+        shutil.copytree(undisturbed.folder.parent / name, tmp_path / name)
     made = compress(tiny_llama, tmp_path / "out", calibration, evaluate=True)
+    assert made.resumed_whole
     found = made.summary["budget"]
     assert 0.1 < found["written_kl"] / found["measured_kl"] < 10
 
@@ -75,16 +90,15 @@ def test_only_calibration_text_is_looked_at(
     compress(tiny_llama, tmp_path / "out", calibration)
 
 
-def test_threads_change_nothing(tiny_llama: Path, tmp_path: Path, calibration: Recipe) -> None:
-    made = [compress(tiny_llama, tmp_path / str(n) / "out", calibration, threads=n) for n in (1, 2)]
-    assert made[0].summary["budget"] == made[1].summary["budget"]
-    assert digests(tmp_path / "1" / "out") == digests(tmp_path / "2" / "out")
+def test_threads_change_nothing(tiny_llama: Path, tmp_path: Path, calibration: Recipe, undisturbed: Any) -> None:
+    made = compress(tiny_llama, tmp_path / "out", calibration, threads=2)
+    assert made.summary["budget"] == undisturbed.summary["budget"]
+    assert digests(tmp_path / "out") == digests(undisturbed.folder)
 
 
 def test_a_killed_search_goes_on_where_it_stopped(
-    tiny_llama: Path, tmp_path: Path, calibration: Recipe, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, calibration: Recipe, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = compress(tiny_llama, tmp_path / "a" / "out", calibration).summary["budget"]
     keep, kept = sensitivities._keep, []
 
     def once(original: Any, index: int, *rest: Any) -> Any:
@@ -96,13 +110,13 @@ def test_a_killed_search_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(sensitivities, "_keep", once)
         with pytest.raises(InterruptedRunError):
-            compress(tiny_llama, tmp_path / "b" / "out", calibration)
+            compress(tiny_llama, tmp_path / "out", calibration)
     with monkeypatch.context() as patch:
         patch.setattr(sensitivities, "_keep", lambda o, index, *r: kept.append(index) or keep(o, index, *r))
-        resumed = compress(tiny_llama, tmp_path / "b" / "out", calibration).summary["budget"]
+        resumed = compress(tiny_llama, tmp_path / "out", calibration).summary["budget"]
     assert kept == [0, 1]
-    assert resumed == undisturbed
-    assert digests(tmp_path / "a" / "out") == digests(tmp_path / "b" / "out")
+    assert resumed == undisturbed.summary["budget"]
+    assert digests(tmp_path / "out") == digests(undisturbed.folder)
 
 
 def test_a_killed_compression_keeps_its_recipe(

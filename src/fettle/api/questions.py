@@ -15,8 +15,9 @@ from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.diagnose.model import DiagnosisOptions, diagnose_folder
 from fettle.engine.completion import complete
+from fettle.engine.names import AUTO
 from fettle.engine.prompts import Vocabulary
-from fettle.engine.runners import AUTO, RunnerOptions, open_engine
+from fettle.engine.runners import RunnerOptions, open_engine
 from fettle.engine.sampler import Sampling
 from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.sequence import Request

@@ -54,7 +54,7 @@ from fettle.progress import Progress, Silent
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
-STAGES, ADAPTER = "stages", "adapter_config.json"
+STAGES, IDENTITY, ADAPTER = "stages", "identity.json", "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +112,13 @@ def train(
     folder = resolve(model)
     refuse_inside(folder, output)
     stages = run_folder(output) / STAGES
-    if not (stages / "identity.json").is_file():
+    if not (stages / IDENTITY).is_file():
         refuse_foreign(output)
     checkpoint = Checkpoint.open(folder)
     for stage in chosen.stages:
         if stage.method is not None:
             require_context(checkpoint.config, getattr(stage.method, "length", 0), "length")
-    before = torch.get_num_threads()
+    before, began = torch.get_num_threads(), run_folder(output).exists()
     torch.set_num_threads(threads or before)
     try:
         with stop_on_signals(output), _held(stages):
@@ -135,6 +135,10 @@ def train(
             if is_main_process():
                 write_json(run_folder(output) / "training.json", summary)
                 write_report(page, [summary])
+    except UsageError:
+        if not began and is_main_process() and not _has_begun(stages):
+            shutil.rmtree(run_folder(output), ignore_errors=True)  # refused before any work: nothing to go on with
+        raise
     finally:
         torch.set_num_threads(before)
     summary["sitting_seconds"] = round(time.monotonic() - started, 3)
@@ -142,6 +146,12 @@ def train(
     return Training(
         folder=output, evaluation=Evaluation.from_json(found) if found else None, summary=summary, report_path=page
     )
+
+
+def _has_begun(stages: Path) -> bool:
+    """Whether a stage is done or has a checkpoint that a resumed run would go on from."""
+    done = [path for path in stages.glob("*.json") if path.name != IDENTITY]
+    return bool(done) or any(stages.glob(f"*/{CHECKPOINTS}/*"))
 
 
 def _held(stages: Path) -> Any:
@@ -190,7 +200,7 @@ def _begin(stages: Path, output: Path, identity: dict[str, Any], *, fresh: bool)
     """
     if not is_main_process():
         return
-    journal, known = Journal(stages), (stages / "identity.json").is_file()
+    journal, known = Journal(stages), (stages / IDENTITY).is_file()
     if known and fresh:
         for path in stages.iterdir():
             if path.is_dir():
@@ -202,7 +212,7 @@ def _begin(stages: Path, output: Path, identity: dict[str, Any], *, fresh: bool)
         journal.refuse_changes(identity)
     elif output.is_dir() and any(output.iterdir()):
         raise UsageError(f"the output {output} holds a model that no training wrote there; name another folder")
-    write_json(stages / "identity.json", identity)
+    write_json(stages / IDENTITY, identity)
 
 
 def _run_stage(

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fettle.cli.engine_choice import settle_engine
-from fettle.cli.options import Device, Generic, Json, Model, ReportPath
-from fettle.cli.output import console, emit_json, show, size, table
+from fettle.cli.options import Device, EngineName, Generic, Json, Model, ReportPath
+from fettle.cli.output import console, emit_json, figure, show, size, table
 from fettle.cli.recipe_choice import command_line
-from fettle.engine.native_runner import CacheType
-from fettle.engine.runners import AUTO, ENGINE_NAMES, ENGINES, RunnerOptions
-from fettle.engine.speed import ARITHMETIC, Measured, SpeedOptions, measure_speed, shares, weights_read
+from fettle.engine.names import AUTO
+from fettle.engine.speed_options import SpeedOptions
 from fettle.errors import UsageError
-from fettle.models.anatomy import read_anatomy
-from fettle.models.checkpoint import Checkpoint
-from fettle.models.config_file import context_length
 from fettle.models.source import resolve
 from fettle.report.atomic import require_writable
 from fettle.report.speed import write_speed
-from fettle.workers import available_threads
+
+if TYPE_CHECKING:
+    from fettle.engine.speed import Measured
 
 Threads = Annotated[int | None, typer.Option(metavar="N", help="How many threads compute; by default all.", min=1)]
-Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINE_NAMES)}.")]
 Prompt = Annotated[int | None, typer.Option(metavar="N", help="Tokens of the prompt that is read.", min=1)]
 New = Annotated[int, typer.Option(metavar="N", help="Tokens that every sequence decodes.", min=2)]
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="How many sequences decode at the same time.")]
@@ -38,7 +35,7 @@ DEFAULTS = SpeedOptions()
 
 def run(
     model: Model,
-    engine: Name = AUTO,
+    engine: EngineName = AUTO,
     threads: Threads = None,
     prompt_tokens: Prompt = None,
     new_tokens: New = DEFAULTS.new_tokens,
@@ -56,36 +53,35 @@ def run(
     Example:
       fettle bench demo --threads 2
     """
-    folder = resolve(model)
+    together, cached = _batches(batches), _cache_type(cache_bits)
+    if report is not None:
+        require_writable(report)
+    folder = resolve(model)  # before the imports, which take seconds
+    from fettle.cli.engine_choice import settle_engine
+    from fettle.engine.runners import ENGINES, RunnerOptions
+    from fettle.engine.speed import measure_speed, shares, weights_read
+    from fettle.models.anatomy import read_anatomy
+    from fettle.models.checkpoint import Checkpoint
+    from fettle.workers import available_threads
+
     opening = RunnerOptions(threads=threads or available_threads(), device=device, generic=generic)
     engine = settle_engine(engine, folder, opening)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
-    context = context_length(checkpoint.config)
     options = SpeedOptions(
-        prompt_tokens=prompt_tokens or min(DEFAULTS.prompt_tokens, (context or DEFAULTS.prompt_tokens + 1) - 1),
-        new_tokens=new_tokens,
-        batches=_batches(batches),
+        prompt_tokens=prompt_tokens or _usual_prompt(checkpoint.config), new_tokens=new_tokens, batches=together,
         repetitions=repetitions,
-    )
+    )  # fmt: skip
     options.check()
-    if report is not None:
-        require_writable(report)
-    used = opening.threads
-    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=_codes(cache_bits)))
+    runner = ENGINES[engine](folder, replace(opening, cache_tokens=options.cache_tokens, cache_type=cached))
     cache_bytes = runner.shape.page_bytes / runner.shape.page_size
     read_bytes, weights = weights_read(checkpoint, anatomy)
-    found = measure_speed(runner, options, threads=used)
+    found = measure_speed(runner, options, threads=opening.threads)
     used_shares = shares(found, read_bytes, weights)
     document = {
-        "model": model,
-        "engine": engine,
-        "threads": used,
-        "device": device,
+        **{"model": model, "engine": engine, "threads": opening.threads, "device": device},
         "command_line": command_line(sys.argv[1:]),
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "repetitions": options.repetitions,
+        **{name: getattr(options, name) for name in ("prompt_tokens", "new_tokens", "repetitions")},
         "weight_bytes": read_bytes,
         "cache_bytes_per_token": cache_bytes,
         **{name: _median(value) for name, value in found.items()},
@@ -98,14 +94,26 @@ def run(
     if json:
         emit_json("bench", document)
         return
-    _print(f"{model}, {engine}, {used} threads, {device}", options, found, used_shares, (read_bytes, cache_bytes))
+    title = f"{model}, {engine}, {opening.threads} threads, {device}"
+    _print(title, options, found, used_shares, (read_bytes, cache_bytes))
     if report is not None:
         print(f"Report: {report}")
 
 
-def _codes(cache_bits: int | None) -> CacheType | None:
+def _usual_prompt(config: Mapping[str, Any]) -> int:
+    """Tokens of the prompt where nobody says how many: as many as the model's context takes beside a new one."""
+    from fettle.models.config_file import context_length
+
+    context = context_length(config)
+    return DEFAULTS.prompt_tokens if context is None else min(DEFAULTS.prompt_tokens, context - 1)
+
+
+def _cache_type(cache_bits: int | None) -> Literal["int8"] | None:
     if cache_bits not in (None, 8):
-        raise UsageError(f"--cache-bits {cache_bits} is not measured here; allowed: 8. fettle cache measures 4 and 2")
+        raise UsageError(
+            f"--cache-bits {cache_bits} is not timed here; allowed: 8, with the native engine. What 4 and 2 bits lose, "
+            "fettle cache measures"
+        )
     return None if cache_bits is None else "int8"
 
 
@@ -122,20 +130,22 @@ def _batches(text: str) -> tuple[int, ...]:
 def _median(value: Measured | dict[int, Measured] | None) -> Any:
     if value is None:
         return None
-    return value.median if isinstance(value, Measured) else {key: each.median for key, each in value.items()}
+    return {key: each.median for key, each in value.items()} if isinstance(value, dict) else value.median
 
 
 def _spread(value: Measured | dict[int, Measured] | None) -> Any:
     if value is None:
         return None
-    return value.spread if isinstance(value, Measured) else {key: each.spread for key, each in value.items()}
+    return {key: each.spread for key, each in value.items()} if isinstance(value, dict) else value.spread
 
 
 def _print(
     title: str, options: SpeedOptions, found: dict[str, Any], used: dict[str, float | None], held: tuple[int, float]
 ) -> None:
+    from fettle.engine.speed import ARITHMETIC
+
     def row(name: str, value: Measured, unit: str, scale: float = 1.0) -> tuple[str, str, str]:
-        return name, f"{value.median * scale:,.4g} {unit}", f"{value.spread:.0%}"
+        return name, f"{figure(value.median * scale)} {unit}", f"{value.spread:.0%}"
 
     rows = [
         row(f"prefill of {options.prompt_tokens} tokens", found["prefill_tokens_per_second"], "tokens/s"),

@@ -9,12 +9,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from fettle import api
+from fettle.cli import outlines
 from fettle.cli.flags import dataclass_flags, given, with_flags
 from fettle.cli.options import Device, Generic, Json, Model
 from fettle.cli.output import console, emit_json, show, size, table
 from fettle.cli.recipe_choice import command_line
-from fettle.tensors.cache_codes import CacheScheme
+from fettle.models.source import resolve
 
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; without it the embedded held-out text.")]
 Length = Annotated[
@@ -23,7 +23,7 @@ Length = Annotated[
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Use only the start of the text.", min=2)]
 
 
-@with_flags(dataclass_flags(CacheScheme))
+@with_flags(dataclass_flags(outlines.options("CacheScheme")))
 def run(
     model: Model,
     text: Text = None,
@@ -41,8 +41,13 @@ def run(
     Example:
       fettle cache demo --bits 4 --group-size 32 --residual 32
     """
-    names = [f.name for f in dataclasses.fields(CacheScheme)]
-    scheme = CacheScheme(**given(names, fields, get_type_hints(CacheScheme)))
+    options = outlines.options("CacheScheme")
+    asked = given([f.name for f in dataclasses.fields(options)], fields, get_type_hints(options))
+    resolve(model)  # before the imports, which take seconds
+    from fettle import api
+    from fettle.tensors.cache_codes import CacheScheme
+
+    scheme = CacheScheme(**asked)
     if text is None:
         print("No --text given: the embedded held-out text (Python source code) is measured.", file=sys.stderr)
     found = api.evaluate_cache(

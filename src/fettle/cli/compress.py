@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fettle import api
 from fettle.cli.classifiers import show_compression
 from fettle.cli.flags import with_flags
 from fettle.cli.options import (
@@ -27,12 +26,21 @@ from fettle.cli.options import (
 from fettle.cli.output import console, duration, emit_json, show, size
 from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
-from fettle.cli.recipe_choice import calibration_note, chosen_recipe, command_line, recipe_flags, with_masks
+from fettle.cli.recipe_choice import (
+    calibration_note,
+    checked_choice,
+    chosen_recipe,
+    command_line,
+    recipe_flags,
+    with_masks,
+)
 from fettle.cli.reshaping import reshaping_table
 from fettle.errors import UsageError
+from fettle.models.source import resolve
 from fettle.report.tables import warning
-from fettle.search.budget import Budget, parse_size
-from fettle.vision.compressing import ClassifierCompression
+
+if TYPE_CHECKING:
+    from fettle.search.budget import Budget
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to write.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
@@ -87,9 +95,13 @@ def run(
       fettle compress demo -o sparse --method sparsegpt --pattern 2:4 --bits 4
       fettle compress ./resnet-50 -o half --method prune_filters --sparsity 0.5 --images ./pictures
     """
+    _refuse_beside_a_budget(bits_per_weight is not None or size is not None, candidate, free_fused, recipe or method)
+    checked_choice(recipe, method, fields)
+    resolve(model)  # before the imports, which take seconds
+    from fettle import api
+    from fettle.vision.compressing import ClassifierCompression
+
     budget = _budget(bits_per_weight, size, candidate, free_fused)
-    if budget is not None and (recipe is not None or method is not None):
-        raise UsageError("--bits-per-weight and --size choose the recipe; leave out --recipe and --method")
     chosen = with_masks(chosen_recipe(recipe, method, fields), dense=dense, allocation=allocation)
     note = calibration_note(chosen)
     if note:
@@ -125,13 +137,19 @@ def run(
     _print(made.summary, made.folder, made.report_path, made.resumed_whole)
 
 
+def _refuse_beside_a_budget(budget: bool, candidates: list[str] | None, free: bool, chosen: str | None) -> None:
+    """Raises UsageError for flags of a budget without one, and for a recipe beside one."""
+    if not budget and (candidates or free):
+        raise UsageError("--candidate and --free-fused belong to a budget; give --bits-per-weight or --size as well")
+    if budget and chosen is not None:
+        raise UsageError("--bits-per-weight and --size choose the recipe; leave out --recipe and --method")
+
+
 def _budget(bits: float | None, size: str | None, candidates: list[str] | None, free: bool) -> Budget | None:
     if bits is None and size is None:
-        if candidates or free:
-            raise UsageError(
-                "--candidate and --free-fused belong to a budget; give --bits-per-weight or --size as well"
-            )
         return None
+    from fettle.search.budget import Budget, parse_size
+
     budget = Budget(
         bits_per_weight=bits, size_bytes=None if size is None else parse_size(size),
         candidates=tuple(candidates or ()), fused="free" if free else "together",

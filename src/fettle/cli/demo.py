@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from fettle import api
 from fettle.cli.options import Device, Json, RecipeChoice, ReportPath, Threads
 from fettle.cli.output import console, emit_json, show, size
 from fettle.cli.progress import progress
@@ -38,6 +37,8 @@ def run(
     Example:
       fettle demo -o demo-out
     """
+    from fettle import api
+
     chosen = recipe or DEFAULT_RECIPE
     print(f"Compressing the embedded model with the recipe {chosen}.", file=sys.stderr)
     made = api.compress(

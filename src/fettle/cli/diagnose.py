@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from fettle import api
-from fettle.cli.options import Candidates, Device, Generic, Json, Model, ReportPath, Threads
+from fettle.cli.options import Candidates, Device, Generic, Json, Model, NoReport, Threads, chosen_page, page_note
 from fettle.cli.output import console, duration, emit_json, number, show, size, table
 from fettle.cli.progress import progress
 from fettle.cli.recipe_choice import command_line
-from fettle.errors import UsageError
+from fettle.models.source import resolve
+from fettle.report.atomic import require_writable
 from fettle.report.diagnosis import write_diagnosis
 
 Sample = Annotated[
@@ -30,7 +30,12 @@ Length = Annotated[int, typer.Option(metavar="N", help="Tokens a window, of both
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="How much of the text is measured.", min=2)]
 Draws = Annotated[int, typer.Option(metavar="N", help="Draws of labels for the estimate.", min=1)]
 Seed = Annotated[int, typer.Option(metavar="N", help="For windows, labels and the sample.", min=0)]
-NoReport = Annotated[bool, typer.Option("--no-report", help="Write no HTML page.")]
+PagePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="PATH", help="Where the HTML page goes; without it diagnosis.html, in this folder."
+    ),
+]
 
 PAGE = Path("diagnosis.html")
 SHOWN = 12
@@ -50,21 +55,26 @@ def run(
     device: Device = "cpu",
     threads: Threads = None,
     generic: Generic = False,
-    report: ReportPath = None,
+    report: PagePath = None,
     no_report: NoReport = False,
     json: Json = False,
 ) -> None:
     """Show where a model is sensitive: for each linear and candidate scheme the KL to the original, measured and
-    estimated, signal-to-noise, and what stands out. Writes diagnosis.html here unless --no-report or --report says
-    else.
+    estimated, signal-to-noise, and what stands out.
+
+    Writes one file: diagnosis.html, into the current folder. --report PATH puts it elsewhere, --no-report writes none.
 
     \b
     Examples:
       fettle diagnose demo --sample 6 --max-tokens 1024
       fettle diagnose ./llama --candidate "gptq bits=3 group_size=64" --candidate "gptq bits=4" --json
     """
-    if no_report and report is not None:
-        raise UsageError("--report and --no-report exclude each other; give one of them")
+    page = chosen_page(report, no_report, PAGE)
+    if page is not None:
+        require_writable(page)
+    resolve(model)  # before the imports, which take seconds
+    from fettle import api
+
     found = api.diagnose(
         model,
         candidates=candidate or None,
@@ -82,7 +92,6 @@ def run(
         progress=progress(json=json),
     )
     found["command_line"] = command_line(sys.argv[1:])
-    page = None if no_report else report or PAGE
     if page is not None:
         write_diagnosis(page, found)
     if json:
@@ -112,4 +121,4 @@ def _print(found: Mapping[str, Any], page: Path | None) -> None:
     out.print(found["words"], markup=False)
     out.print(f"In {duration(found['seconds'])} and {size(found['peak_memory_bytes'])} of memory.")
     if page is not None:
-        out.print(f"Report: {page}")
+        out.print(page_note(page, PAGE), markup=False)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fettle import api
 from fettle.cli.classifiers import show_evaluation
-from fettle.cli.options import Device, Generic, Json, Model, ReportPath, Threads
+from fettle.cli.options import Device, Generic, Json, Model, NoReport, Threads, chosen_page, page_note
 from fettle.cli.output import console, emit_json, number, show, table
 from fettle.cli.progress import progress
 from fettle.cli.quality import evaluation_table
@@ -21,8 +20,9 @@ from fettle.evaluate.result import check_gate
 from fettle.models.source import resolve
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
-from fettle.vision.classifier import is_image_classifier
-from fettle.vision.evaluation import ClassifierEvaluation
+
+if TYPE_CHECKING:
+    from fettle.vision.evaluation import ClassifierEvaluation
 
 Reference = Annotated[str | None, typer.Option(metavar="BASE", help="The original model, to measure what was lost.")]
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; without it the embedded held-out text.")]
@@ -33,7 +33,10 @@ Images = Annotated[
 Length = Annotated[int, typer.Option(metavar="N", help="Tokens a window, its first being BOS.", min=2)]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Use only the start of the text.", min=2)]
 MaxKl = Annotated[float | None, typer.Option(metavar="X", help="Fail with exit code 5 if the mean KL is above X.")]
-NoReport = Annotated[bool, typer.Option("--no-report", help="Write no HTML page.")]
+PagePath = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="PATH", help="Where the page goes; without it report.html, in this folder."),
+]
 
 PAGE = Path("report.html")
 
@@ -49,12 +52,15 @@ def run(
     device: Device = "cpu",
     threads: Threads = None,
     generic: Generic = False,
-    report: ReportPath = None,
+    report: PagePath = None,
     no_report: NoReport = False,
     json: Json = False,
 ) -> None:
     """Measure the files of a model: perplexity with its standard error, bits a byte, and against --reference the KL
-    divergence, the agreement and the worst tokens. Writes report.html here unless --no-report or --report says else.
+    divergence, the agreement and the worst tokens.
+
+    Writes one file besides: report.html, into the current folder. --report PATH puts it elsewhere, --no-report writes
+    none.
 
     \b
     Examples:
@@ -63,10 +69,14 @@ def run(
       fettle evaluate half --reference ./resnet-50 --images ./pictures
     """
     _check_gate_flags(max_kl, reference)
-    classifies = is_image_classifier(resolve(model))
-    page = None if classifies else _page(report, no_report)
-    if classifies and report is not None:
-        raise UsageError("an image classifier has no page yet; leave out --report, and see --json")
+    page, folder = chosen_page(report, no_report, PAGE), resolve(model)  # before the imports, which take seconds
+    from fettle import api
+    from fettle.vision.classifier import is_image_classifier
+    from fettle.vision.evaluation import ClassifierEvaluation
+
+    classifies = is_image_classifier(folder)
+    if classifies:
+        page = _no_page(report)
     if page is not None:
         require_writable(page)
     if text is None and not classifies:
@@ -83,9 +93,7 @@ def run(
         generic=generic,
         progress=progress(json=json),
     )
-    found = measured.to_json()
-    command = command_line(sys.argv[1:])
-    failed = None
+    found, command, failed = measured.to_json(), command_line(sys.argv[1:]), None
     if isinstance(measured, ClassifierEvaluation):
         _classifier(measured, {"model": model, "reference": reference, "command_line": command}, max_kl, json=json)
         return
@@ -113,10 +121,11 @@ def _check_gate_flags(max_kl: float | None, reference: str | None) -> None:
         raise UsageError(f"--max-kl {max_kl}; it must be 0 or more, in nats a token")
 
 
-def _page(report: Path | None, no_report: bool) -> Path | None:
-    if no_report and report is not None:
-        raise UsageError("--report and --no-report exclude each other; give one of them")
-    return None if no_report else report or PAGE
+def _no_page(report: Path | None) -> Path | None:
+    """The page of an image classifier: none; raises UsageError where one is asked for."""
+    if report is not None:
+        raise UsageError("an image classifier has no page yet; leave out --report, and see --json")
+    return report
 
 
 def _classifier(measured: ClassifierEvaluation, named: Mapping[str, Any], max_kl: float | None, *, json: bool) -> None:
@@ -136,7 +145,7 @@ def _print(found: Mapping[str, Any], page: Path | None) -> None:
     if worst:
         show(out, worst_table(worst))
     if page is not None:
-        out.print(f"Report: {page}")
+        out.print(page_note(page, PAGE), markup=False)
 
 
 def worst_table(worst: list[dict[str, Any]]) -> Any:

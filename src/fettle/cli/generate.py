@@ -6,27 +6,26 @@ import dataclasses
 import sys
 import time
 from collections.abc import Generator
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from fettle import api
-from fettle.cli.engine_choice import settle_engine
+from fettle.cli import outlines
 from fettle.cli.flags import dataclass_flags, given, with_flags
-from fettle.cli.options import Device, Generic, Json, Model
+from fettle.cli.options import Device, EngineName, Generic, Json, Model
 from fettle.cli.output import emit_json
-from fettle.engine.contiguous_runner import ContiguousRunner
-from fettle.engine.engine import Completion, Engine
-from fettle.engine.prompts import Vocabulary, require_text
-from fettle.engine.runners import AUTO, ENGINE_NAMES, RunnerOptions, open_engine
-from fettle.engine.sampler import Sampling
-from fettle.engine.scheduler import SchedulerOptions
-from fettle.engine.sequence import Request
-from fettle.errors import UsageError
-from fettle.models.kv_cache import quantized_cache
-from fettle.models.loading import LoadedModel
+from fettle.engine.names import AUTO, ENGINE_NAMES
+from fettle.errors import UsageError, unknown_word
 from fettle.models.source import resolve
-from fettle.tensors.cache_codes import CacheScheme
+
+if TYPE_CHECKING:
+    from fettle.engine.engine import Completion, Engine
+    from fettle.engine.prompts import Vocabulary
+    from fettle.engine.runners import RunnerOptions
+    from fettle.engine.sampler import Sampling
+    from fettle.engine.scheduler import SchedulerOptions
+    from fettle.engine.sequence import Request
+    from fettle.tensors.cache_codes import CacheScheme
 
 Text = Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")]
 Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The same, as a flag.")]
@@ -37,7 +36,6 @@ Tokens = Annotated[
     int, typer.Option("--max-tokens", "--max-new-tokens", metavar="N", help="How many tokens at most.", min=1)
 ]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A text that ends it; may be given again.")]
-Name = Annotated[str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINE_NAMES)}.")]
 Draft = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A smaller model that guesses tokens; lookup: the text itself.")
 ]
@@ -46,10 +44,11 @@ CacheBits = Annotated[
     int | None,
     typer.Option(metavar="N", help="Keep old keys and values in 8, 4 or 2 bits; with --engine native all in 8."),
 ]
+CACHE_BITS = (8, 4, 2)
 CHAT_TOKENS = 8192  # what the cache of a conversation holds, if the model's context is no shorter
 
 
-@with_flags(dataclass_flags(Sampling))
+@with_flags(dataclass_flags(outlines.options("Sampling")))
 def run(
     model: Model,
     text: Text = None,
@@ -57,7 +56,7 @@ def run(
     chat: Chat = False,
     max_tokens: Tokens = 64,
     stop: Stop = None,
-    engine: Name = AUTO,
+    engine: EngineName = AUTO,
     draft: Draft = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -72,14 +71,16 @@ def run(
     Example:
       fettle generate demo --prompt "def fibonacci(n):" --max-tokens 48
     """
-    names = [f.name for f in dataclasses.fields(Sampling)]
-    sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
-    sampling.check()
-    scheme = None if cache_bits is None else CacheScheme(bits=cache_bits)
-    if scheme is not None:
-        scheme.check()
-    asked = _asked(text, prompt, talks=chat and not json)
-    vocabulary = Vocabulary.of_folder(resolve(model), generic=generic)
+    sampling, asked = _sampling(fields), _asked(text, prompt, talks=chat and not json)
+    _check_cache_bits(cache_bits, engine, draft)
+    folder = resolve(model)  # before the imports, which take seconds
+    from fettle.engine.prompts import Vocabulary
+    from fettle.engine.runners import RunnerOptions
+    from fettle.engine.sequence import Request
+
+    vocabulary = dataclasses.replace(Vocabulary.of_folder(folder, generic=generic), model=model)
+    if chat:
+        vocabulary.require_chat()
     ids: tuple[int, ...] = ()
     if asked is not None:
         ids = vocabulary.encode_chat([_said(asked)]) if chat else vocabulary.encode(asked)
@@ -90,22 +91,7 @@ def run(
     options = RunnerOptions(
         cache_tokens=min(longest, vocabulary.context_length or longest), threads=threads, device=device, generic=generic
     )
-    if scheme is not None and engine == "native":
-        if cache_bits != 8:
-            raise UsageError(
-                f"--cache-bits {cache_bits} goes with --engine torch; the native engine has codes of 8 bits"
-            )
-        options, scheme = dataclasses.replace(options, cache_type="int8"), None
-    if scheme is None:
-        chosen = settle_engine(engine, resolve(model), options)
-        opened = open_engine(model, engine=chosen, runner=options, scheduler=_alone(), draft=draft)
-    else:
-        if draft is not None or engine not in (AUTO, "torch"):
-            raise UsageError(
-                "--cache-bits goes with --engine torch and without --draft (such a cache forgets nothing), "
-                "or is 8 with --engine native"
-            )
-        opened = _coded(model, scheme, options, vocabulary, len(ids))
+    opened = _opened(model, engine, draft, cache_bits, options, vocabulary, len(ids))
     if asked is None:
         _talk(opened, vocabulary, wanted)
     elif json:
@@ -117,6 +103,55 @@ def run(
         _show(opened.stream(wanted))
 
 
+def _sampling(fields: dict[str, Any]) -> Sampling:
+    """How tokens are drawn.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    from fettle.engine.sampler import Sampling
+
+    names = [f.name for f in dataclasses.fields(Sampling)]
+    sampling = Sampling(**given(names, fields, get_type_hints(Sampling)))
+    sampling.check()
+    return sampling
+
+
+def _check_cache_bits(bits: int | None, engine: str, draft: str | None) -> None:
+    """Raises UsageError for an engine that there is not, and for a coded cache that the engine cannot keep."""
+    if engine not in ENGINE_NAMES:
+        raise UsageError(unknown_word("engine", engine, ENGINE_NAMES))
+    if bits is None:
+        return
+    if bits not in CACHE_BITS:
+        raise UsageError(f"--cache-bits {bits}; keys and values are kept in {', '.join(map(str, CACHE_BITS))} bits")
+    if engine == "native":
+        if bits != 8:
+            raise UsageError(f"--cache-bits {bits} goes with --engine torch; the native engine has codes of 8 bits")
+    elif draft is not None:
+        raise UsageError(
+            f"--cache-bits {bits} goes without --draft, since such a cache forgets nothing; leave one of them out, or "
+            "take --engine native with 8 bits"
+        )
+
+
+def _opened(
+    model: str, engine: str, draft: str | None, cache_bits: int | None, options: RunnerOptions, vocabulary: Vocabulary,
+    prompt_tokens: int,
+) -> Engine:  # fmt: skip
+    """The engine that the flags mean."""
+    from fettle.cli.engine_choice import settle_engine
+    from fettle.engine.runners import open_engine
+    from fettle.tensors.cache_codes import CacheScheme
+
+    if cache_bits is not None and engine != "native":
+        return _coded(model, CacheScheme(bits=cache_bits), options, vocabulary, prompt_tokens)
+    if cache_bits is not None:
+        options = dataclasses.replace(options, cache_type="int8")
+    chosen = settle_engine(engine, resolve(model), options)
+    return open_engine(model, engine=chosen, runner=options, scheduler=_alone(), draft=draft)
+
+
 def _asked(text: str | None, prompt: str | None, *, talks: bool) -> str | None:
     """The prompt, wherever it was given; None where a conversation is read line by line."""
     if text is not None and prompt is not None:
@@ -126,10 +161,12 @@ def _asked(text: str | None, prompt: str | None, *, talks: bool) -> str | None:
         raise UsageError(
             "there is no prompt; give PROMPT, --prompt TEXT, - for standard input, or --chat alone to talk"
         )
-    return _standard_input() if asked == "-" else None if asked is None else require_text(asked)
+    return _standard_input() if asked == "-" else asked
 
 
 def _alone(chunk: int = 512) -> SchedulerOptions:
+    from fettle.engine.scheduler import SchedulerOptions
+
     return SchedulerOptions(max_sequences=1, max_step_tokens=chunk)
 
 
@@ -137,6 +174,12 @@ def _coded(
     model: str, scheme: CacheScheme, options: RunnerOptions, vocabulary: Vocabulary, prompt_tokens: int
 ) -> Engine:
     """An engine whose cache keeps old tokens as codes; a prompt is read at once, so it is exact to itself."""
+    from fettle import api
+    from fettle.engine.contiguous_runner import ContiguousRunner
+    from fettle.engine.engine import Engine
+    from fettle.models.kv_cache import quantized_cache
+    from fettle.models.loading import LoadedModel
+
     loaded = api.load(model, device=options.device, generic=options.generic)
     if not isinstance(loaded, LoadedModel):
         raise UsageError(f"{model} is an image classifier and generates no text; see: fettle evaluate {model}")
@@ -184,8 +227,7 @@ def _show(stream: Generator[str, None, Completion]) -> Completion:
             print(next(stream), end="", flush=True)
         except StopIteration as end:
             print()
-            made = end.value
-            assert isinstance(made, Completion)
+            made: Completion = end.value
             return made
 
 

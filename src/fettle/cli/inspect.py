@@ -6,12 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fettle import api
 from fettle.cli.classifiers import show_outline
 from fettle.cli.options import Generic, Json
 from fettle.cli.output import console, emit_json, show, size, table
 from fettle.errors import UsageError
-from fettle.kernels.native import default_threads, explain_runtime, missing, plane
 
 Inspected = Annotated[str | None, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or demo.")]
 Runtime = Annotated[bool, typer.Option("--runtime", help="Say what runs models on this machine, and why.")]
@@ -30,6 +28,8 @@ def run(model: Inspected = None, runtime: Runtime = False, generic: Generic = Fa
         return
     if model is None:
         raise UsageError("there is no model to inspect; give a folder, a hub id or demo, or --runtime for this machine")
+    from fettle import api
+
     anatomy = api.inspect(model, generic=generic)
     if json:
         emit_json("inspect", anatomy)
@@ -52,6 +52,8 @@ def run(model: Inspected = None, runtime: Runtime = False, generic: Generic = Fa
 
 def _show_runtime(*, json: bool) -> None:
     """What runs models here: the native kernels and why these, or why there are none."""
+    from fettle.kernels.native import default_threads, explain_runtime, missing, plane
+
     absent = missing()
     if not json:
         console().print(explain_runtime(), soft_wrap=True)

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from fettle.engine.names import ENGINE_NAMES
+from fettle.errors import UsageError
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub id, or demo.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Threads = Annotated[
@@ -32,9 +35,30 @@ AllocationChoice = Annotated[
     ),
 ]
 ReportPath = Annotated[Path | None, typer.Option("--report", metavar="PATH", help="Where the HTML page goes.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help=f"What runs the model: {', '.join(ENGINE_NAMES)}.")
+]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Write no HTML page.")]
 Candidates = Annotated[
     list[str] | None,
     typer.Option(
         "--candidate", metavar="TEXT", help='A method with its fields, "gptq bits=3 group_size=64"; give several.'
     ),
 ]
+
+
+def chosen_page(report: Path | None, no_report: bool, default: Path) -> Path | None:
+    """Where a verb that looks at a model writes its page; None: nowhere.
+
+    Raises:
+        UsageError: --report and --no-report together.
+    """
+    if no_report and report is not None:
+        raise UsageError("--report and --no-report exclude each other; give one of them")
+    return None if no_report else report or default
+
+
+def page_note(page: Path, default: Path) -> str:
+    """The line that says where the page is, and how to have it otherwise where nobody asked for it."""
+    unasked = " (in this folder; --report PATH puts it elsewhere, --no-report writes none)" if page == default else ""
+    return f"Report: {page}{unasked}"

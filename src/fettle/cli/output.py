@@ -78,6 +78,11 @@ def number(value: Any, digits: int = 4) -> str:
     return str(value)
 
 
+def figure(value: float) -> str:
+    """A measured figure with four significant digits, or whole with commas from a thousand on; never an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.7f}"
+
+
 def _plain(value: Any) -> Any:
     """JSON's own types: paths as text, infinities and NaN as null (JSON has no word for them)."""
     if isinstance(value, Mapping):

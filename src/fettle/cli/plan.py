@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fettle import api
 from fettle.cli.classifiers import show_plan
 from fettle.cli.flags import with_flags
 from fettle.cli.options import (
@@ -20,8 +19,8 @@ from fettle.cli.options import (
 )
 from fettle.cli.output import console, duration, emit_json, show, size, table
 from fettle.cli.progress import progress
-from fettle.cli.recipe_choice import chosen_recipe, recipe_flags, with_masks
-from fettle.vision.plan import ClassifierPlan
+from fettle.cli.recipe_choice import checked_choice, chosen_recipe, recipe_flags, with_masks
+from fettle.models.source import resolve
 
 
 @with_flags(recipe_flags())
@@ -43,6 +42,11 @@ def run(
     Example:
       fettle plan ./llama --recipe gptq-4bit
     """
+    checked_choice(recipe, method, fields)
+    resolve(model)  # before the imports, which take seconds
+    from fettle import api
+    from fettle.vision.plan import ClassifierPlan
+
     chosen = with_masks(chosen_recipe(recipe, method, fields), dense=dense, allocation=allocation)
     plan = api.plan(model, chosen, device=device, threads=threads, generic=generic, progress=progress(json=json))
     if json:

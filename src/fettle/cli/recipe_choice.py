@@ -16,74 +16,113 @@ import dataclasses
 import inspect as python_inspect
 import shlex
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
+from fettle.cli import outlines
 from fettle.cli.flags import dataclass_flags, flag_name, given, method_fields, method_flags, switched_flags
-from fettle.errors import UsageError
-from fettle.methods.protocols import BasisMethod
-from fettle.methods.quantize.rotation import Rotation
-from fettle.methods.registry import EVERY_METHOD, basis_from_fields, get
-from fettle.pipeline.recipe import CalibrationOptions, Recipe, load_recipe, parse_recipe, recipe_from_method, with_basis
+from fettle.errors import RecipeError, UsageError, unknown_word
+from fettle.methods.field_values import require_possible
+
+if TYPE_CHECKING:
+    from fettle.pipeline.recipe import Recipe
 
 CALIBRATION_NAMES = {"text": "calibration"}  # `--calibration FILE` reads better than `--text FILE` beside evaluate's
 DEFAULT_RECIPE = "default"
-ROTATION_NAMES = ("rotate", *(f"rotate_{field.name}" for field in dataclasses.fields(Rotation)))
+ROTATION = "rotation"
 
 
 def recipe_flags() -> list[python_inspect.Parameter]:
     """The flags of the calibration and of all methods."""
+    rotation: Any = outlines.bases()[ROTATION]
     return [
-        *dataclass_flags(CalibrationOptions, rename=CALIBRATION_NAMES, panel="calibration"),
-        *switched_flags(Rotation.switch, "Rotate the model first, by randomized Hadamard matrices.", Rotation),
-        *method_flags(EVERY_METHOD),
+        *dataclass_flags(outlines.options("CalibrationOptions"), rename=CALIBRATION_NAMES, panel="calibration"),
+        *switched_flags(rotation.switch, "Rotate the model first, by randomized Hadamard matrices.", rotation),
+        *method_flags(outlines.every_method()),
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the flags say, once they can be: a recipe's name or a method, and the fields that were given."""
+
+    recipe: str | None
+    method: str | None
+    fields: Mapping[str, Any]  # of the method
+    calibration: Mapping[str, Any]
+    rotation: Mapping[str, Any] | None  # None: it was not asked for
+
+
+def checked_choice(recipe: str | None, method: str | None, fields: Mapping[str, Any]) -> Choice:
+    """What the flags say, checked as far as names, types and bounds go: without importing what computes.
+
+    Raises:
+        UsageError: --recipe and --method together, a method's flag without its method, or a value that cannot be.
+    """
+    if recipe is not None and method is not None:
+        raise UsageError(f"--recipe {recipe} and --method {method} exclude each other; give one of them")
+    rotation = _rotation(fields)
+    options = outlines.options("CalibrationOptions")
+    own = {f.name for f in dataclasses.fields(options)}
+    calibration = given(own & set(fields), fields, get_type_hints(options))
+    rest = {name: value for name, value in fields.items() if name not in own and not name.startswith("rotate")}
+    flags = [name for name, value in rest.items() if value is not None]
+    methods = outlines.every_method()
+    if method is None and recipe is None and "parameters" in flags:
+        method = "resize"  # a shape alone: depth and widths are chosen together
+    if method is None and flags:
+        spelled = ", ".join(f"--{flag_name(name)}" for name in flags)
+        where = f"the recipe {recipe} says that itself, for each step: edit a copy of it" if recipe else "say which"
+        raise UsageError(f"{spelled} belongs to a method; {where}, or use --method NAME (one of {', '.join(methods)})")
+    found: Mapping[str, Any] = {}
+    if method is not None and method not in outlines.bases():  # of those the registry says what they are for
+        if method not in methods:
+            raise RecipeError(unknown_word("method", method, methods))
+        found = method_fields(methods, method, rest)
+        require_possible(methods[method], found)
+    return Choice(recipe=recipe, method=method, fields=found, calibration=calibration, rotation=rotation)
 
 
 def chosen_recipe(recipe: str | None, method: str | None, fields: Mapping[str, Any]) -> Recipe:
     """The recipe that the flags mean.
 
     Raises:
-        UsageError: --recipe and --method together, a method's flag without its method, or a value that cannot be.
+        UsageError: as `checked_choice`, or values that cannot be together.
     """
-    rotation = _rotation(fields)
-    chosen = _unrotated(recipe, method, {k: v for k, v in fields.items() if k not in ROTATION_NAMES})
-    return chosen if rotation is None else with_basis(chosen, rotation)
+    choice = checked_choice(recipe, method, fields)
+    from fettle.methods.registry import basis_from_fields
+    from fettle.pipeline.recipe import with_basis
+
+    chosen = _unrotated(choice)
+    return chosen if choice.rotation is None else with_basis(chosen, basis_from_fields(ROTATION, choice.rotation))
 
 
-def _rotation(fields: Mapping[str, Any]) -> BasisMethod | None:
+def _rotation(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     """What --rotate and its flags mean; None where it is not given."""
-    hints = {f"rotate_{name}": hint for name, hint in get_type_hints(Rotation).items()}
-    found = given(ROTATION_NAMES[1:], fields, hints)
-    if fields.get("rotate"):
-        return basis_from_fields(Rotation.name, {name.removeprefix("rotate_"): value for name, value in found.items()})
-    if found:
+    rotation = outlines.bases()[ROTATION]
+    hints = {f"rotate_{f.name}": get_type_hints(rotation)[f.name] for f in dataclasses.fields(rotation)}
+    found = given(hints, fields, hints)
+    if found and not fields.get("rotate"):
         raise UsageError(f"--{flag_name(next(iter(found)))} belongs to --rotate; give that as well")
-    return None
+    values = {name.removeprefix("rotate_"): value for name, value in found.items()}
+    require_possible(rotation, values)
+    return values if fields.get("rotate") else None
 
 
-def _unrotated(recipe: str | None, method: str | None, fields: Mapping[str, Any]) -> Recipe:
-    own = {f.name for f in dataclasses.fields(CalibrationOptions)}
-    flags = [name for name, value in fields.items() if value is not None and name not in own]
-    calibration = given(own & set(fields), fields, get_type_hints(CalibrationOptions))
-    if recipe is not None and method is not None:
-        raise UsageError(f"--recipe {recipe} and --method {method} exclude each other; give one of them")
-    if method is not None:
-        get(method)
-        options = dataclasses.replace(CalibrationOptions(), **calibration)
-        return recipe_from_method(method, method_fields(EVERY_METHOD, method, fields), options)
-    if recipe is None and "parameters" in flags:  # a shape alone: depth and widths are chosen together
-        return chosen_recipe(None, "resize", fields)
-    if flags:
-        spelled = ", ".join(f"--{flag_name(name)}" for name in flags)
-        where = f"the recipe {recipe} says that itself, for each step: edit a copy of it" if recipe else "say which"
-        raise UsageError(
-            f"{spelled} belongs to a method; {where}, or use --method NAME (one of {', '.join(EVERY_METHOD)})"
-        )
-    base = load_recipe(recipe or DEFAULT_RECIPE)
-    if not calibration:
+def _unrotated(choice: Choice) -> Recipe:
+    from fettle.methods.registry import get
+    from fettle.pipeline.recipe import CalibrationOptions, load_recipe, parse_recipe, recipe_from_method
+
+    if choice.method is not None:
+        get(choice.method)
+        options = dataclasses.replace(CalibrationOptions(), **choice.calibration)
+        return recipe_from_method(choice.method, choice.fields, options)
+    name = choice.recipe or DEFAULT_RECIPE
+    base = load_recipe(name)
+    if not choice.calibration:
         return base
     mapping = base.to_dict()
-    return parse_recipe({**mapping, "calibration": {**mapping["calibration"], **calibration}}, recipe or DEFAULT_RECIPE)
+    return parse_recipe({**mapping, "calibration": {**mapping["calibration"], **choice.calibration}}, name)
 
 
 def with_masks(recipe: Recipe, *, dense: bool, allocation: str | None) -> Recipe:
@@ -92,6 +131,8 @@ def with_masks(recipe: Recipe, *, dense: bool, allocation: str | None) -> Recipe
     Raises:
         RecipeError: they do not fit its steps, or an unknown allocation.
     """
+    from fettle.pipeline.recipe import parse_recipe
+
     keys = {**({"storage": "dense"} if dense else {}), **({"allocation": allocation} if allocation else {})}
     return parse_recipe({**recipe.to_dict(), **keys}, recipe.name) if keys else recipe
 

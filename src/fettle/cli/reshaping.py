@@ -18,8 +18,9 @@ def reshaping_table(step: Mapping[str, Any]) -> Table:
         share, loss = f"{one['parameters'] / before:.3f}", f"{one['perplexity']:.3f}"
         rows.append(("  tried", _shape(one), f"{one['parameters']:,}", share, loss, _time(one)))
     names = ["step", "shape", "parameters", "share", "perplexity, calibration", "ms a step, predicted"]
-    shown = len(names) if "predicted_ms" in step else len(names) - 1
-    return table("", names[:shown], [row[:shown] for row in rows], right=tuple(range(2, shown)))
+    shown = [column for column in range(len(names)) if any(row[column] for row in rows)]  # no column without a figure
+    right = [place for place, column in enumerate(shown) if column > 1]
+    return table("", [names[i] for i in shown], [[row[i] for i in shown] for row in rows], right=right)
 
 
 def _time(step: Mapping[str, Any]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fettle import api
+from fettle.cli import outlines
 from fettle.cli.compress import Fresh, Output
 from fettle.cli.flags import flag_name, method_fields, method_flags, with_flags
 from fettle.cli.options import Device, Generic, Json, Model, ReportPath, Threads
@@ -16,9 +16,15 @@ from fettle.cli.progress import progress
 from fettle.cli.quality import quality_table
 from fettle.cli.recipe_choice import command_line
 from fettle.errors import UsageError, unknown_word
-from fettle.methods.train import TRAIN_METHODS
-from fettle.pipeline.chain import Chain, chain_from_method, load_chain
+from fettle.methods.field_values import require_possible
+from fettle.models.source import resolve
 from fettle.report.tables import warning
+
+if TYPE_CHECKING:
+    from fettle import api
+    from fettle.pipeline.chain import Chain
+
+TRAIN_METHODS = outlines.train_methods()
 
 ChainChoice = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME|FILE", help="A shipped chain's name, or a YAML file of stages.")
@@ -53,10 +59,14 @@ def run(
       fettle train pruned -o healed --method distill --teacher demo --steps 200 --keep-zeros
       fettle train small -o adapter --method adapter --kind lora --rank 8 --text mine.txt --steps 100
     """
+    values = _checked(recipe, method, fields)
+    resolve(model)  # before the imports, which take seconds
+    from fettle import api
+
     made = api.train(
         model,
         output,
-        _chosen(recipe, method, fields),
+        _chosen(recipe, method, values),
         device=device,
         threads=threads,
         fresh=fresh,
@@ -72,11 +82,11 @@ def run(
     _print(made)
 
 
-def _chosen(recipe: str | None, method: str | None, fields: dict[str, Any]) -> Chain:
-    """The chain that the flags mean.
+def _checked(recipe: str | None, method: str | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the method that were given, as far as names, types and bounds go.
 
     Raises:
-        UsageError: neither or both of --recipe and --method, or a flag that the method does not have.
+        UsageError: neither or both of --recipe and --method, a flag that the method does not have, or its value.
     """
     if (recipe is None) == (method is None):
         raise UsageError("give one of --recipe NAME|FILE and --method NAME; fettle methods lists the training methods")
@@ -84,10 +94,19 @@ def _chosen(recipe: str | None, method: str | None, fields: dict[str, Any]) -> C
         given = [f"--{flag_name(name)}" for name, value in fields.items() if value is not None]
         if given:
             raise UsageError(f"{', '.join(given)} belongs to a method; the recipe {recipe} says that itself, by stage")
-        return load_chain(str(recipe))
+        return {}
     if method not in TRAIN_METHODS:
         raise UsageError(unknown_word("training method", method, TRAIN_METHODS))
-    return chain_from_method(method, method_fields(TRAIN_METHODS, method, fields))
+    values = method_fields(TRAIN_METHODS, method, fields)
+    require_possible(TRAIN_METHODS[method], values)
+    return values
+
+
+def _chosen(recipe: str | None, method: str | None, values: dict[str, Any]) -> Chain:
+    """The chain that the checked flags mean."""
+    from fettle.pipeline.chain import chain_from_method, load_chain
+
+    return load_chain(str(recipe)) if method is None else chain_from_method(method, values)
 
 
 def _print(made: api.Training) -> None:

@@ -69,6 +69,13 @@ class Vocabulary:
         """The ids of a text that the model can go on from; raises as `checked_prompt`."""
         return tuple(checked_prompt(self.model, self.anatomy, self.tokenizer, self.context_length, prompt))
 
+    def require_chat(self) -> None:
+        """Raises UsageError where the tokenizer has no chat template: the model was not made for conversations."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                f"{self.model} has no chat template, so it was not made for conversations; give a prompt without --chat"
+            )
+
     def encode_chat(self, messages: Listed[dict[str, str]]) -> tuple[int, ...]:
         """The ids of a conversation, ready for the model's answer.
 
@@ -78,10 +85,7 @@ class Vocabulary:
         Raises:
             UsageError: the tokenizer has no chat template, the template refuses the messages, or they are too long.
         """
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError(
-                f"{self.model} has no chat template, so it was not made for conversations; give a prompt without --chat"
-            )
+        self.require_chat()
         for message in messages:
             require_text(message["content"])
         try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fettle.engine.engine import Engine
+from fettle.engine.names import AUTO, ENGINE_NAMES
 from fettle.engine.native_runner import CacheType, NativeRunner, require_native
 from fettle.engine.payoff import Payoff
 from fettle.engine.prompts import Vocabulary
@@ -109,8 +110,6 @@ def open_native_runner(folder: Path, options: RunnerOptions) -> Runner:
 
 
 ENGINES: dict[str, Opener] = {"torch": open_torch_runner, "native": open_native_runner}
-AUTO = "auto"
-ENGINE_NAMES = (AUTO, *ENGINES)
 
 
 def choose_engine(engine: str, folder: Path, options: RunnerOptions) -> tuple[str, str | None]:

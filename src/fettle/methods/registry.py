@@ -9,14 +9,14 @@ language model, `NETWORK_METHODS` an image classifier; `BASES` put the whole mod
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from fettle.errors import RecipeError, unknown_word
 from fettle.methods import factor, filters, prune, quantize, reshape
+from fettle.methods.field_values import fits, require_possible
 from fettle.methods.filters.prune_filters import NetworkMethod
 from fettle.methods.protocols import BasisMethod, MatrixMethod, SettledMethod
 from fettle.methods.reshape.subject import ModelMethod
@@ -123,7 +123,7 @@ def _name(cls: type) -> str:
 
 def _plain(value: Any, hint: Any) -> Any:
     """The value; the word none, as help and errors spell it, for a field that may have no value."""
-    return None if value == "none" and _fits(None, hint) and not _fits(value, hint) else value
+    return None if value == "none" and fits(None, hint) and not fits(value, hint) else value
 
 
 def to_fields(method: Method | BasisMethod) -> dict[str, Any]:
@@ -137,56 +137,5 @@ def validate(method: Method | BasisMethod) -> None:
     Raises:
         RecipeError: says the field, the value, the allowed set and the next step.
     """
-    hints = get_type_hints(type(method))
-    for field in dataclasses.fields(method):
-        value, hint = getattr(method, field.name), hints[field.name]
-        members = _members(hint)
-        if not _fits(value, hint, field.metadata):
-            raise RecipeError(
-                f"{method.name}: {field.name}={value!r} cannot be; allowed: {_allowed(members, field.metadata)}. "
-                f"Leave it out for the default, {_spelled(field.default)}"
-            )
+    require_possible(type(method), {field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
     method.validate()
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _fits(value: Any, hint: Any, metadata: Mapping[str, Any] = types.MappingProxyType({})) -> bool:
-    """Whether a value is of a field's type, and within its bounds."""
-    return any(_fits_member(value, member, metadata) for member in _members(hint))
-
-
-def _fits_member(value: Any, member: Any, metadata: Mapping[str, Any]) -> bool:
-    if member is types.NoneType or value is None:
-        return member is types.NoneType and value is None
-    if get_origin(member) is Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in get_args(member))
-    if member is bool or isinstance(value, bool):
-        return member is bool and isinstance(value, bool)
-    if member in (int, float):
-        if not isinstance(value, int if member is int else (int, float)) or not math.isfinite(value):
-            return False
-        return bool(metadata.get("minimum", -math.inf) <= value <= metadata.get("maximum", math.inf))
-    return isinstance(value, member)
-
-
-def _allowed(members: tuple[Any, ...], metadata: Mapping[str, Any]) -> str:
-    words: list[str] = []
-    for member in members:
-        if get_origin(member) is Literal:
-            words += [_spelled(choice) for choice in get_args(member)]
-        elif member in (int, float):
-            kind = "integers" if member is int else "numbers"
-            low, high = metadata.get("minimum"), metadata.get("maximum")
-            words.append(
-                kind + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
-            )
-        else:
-            words.append({bool: "true, false", types.NoneType: "none"}.get(member, getattr(member, "__name__", "")))
-    return ", ".join(words)
-
-
-def _spelled(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

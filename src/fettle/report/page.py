@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import TemplateError
 from markupsafe import Markup
 
 from fettle.errors import UsageError
@@ -21,6 +21,7 @@ from fettle.report.atomic import write_atomically
 from fettle.report.curves import curve_plots
 from fettle.report.plots import bars, histogram, lines, rows
 from fettle.report.tables import NONE, comparison, figures, kl_shares, names, role_errors, verdict, warning
+from fettle.report.templates import compiled
 
 SCHEMA = 1
 WORST_SHOWN = 12
@@ -74,17 +75,10 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
     """
     if not documents:
         raise UsageError("a report needs at least one result file")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     try:
         views = [_view(document) for document in documents]
         title = views[0]["title"] if len(views) == 1 else f"{len(views)} results side by side"
-        return environment.get_template("page.html.j2").render(
+        return compiled("page.html.j2").render(
             title=title, views=views, comparison=_comparison(documents) if len(documents) > 1 else None
         )
     except (

@@ -77,15 +77,38 @@ def test_the_regression_is_the_least_squares_over_both_blocks(tmp_path):
 def test_differences_of_full_rank_give_the_model_back(tmp_path):
     _, subject = tiny_subject("gpt2", tmp_path / "base", WINDOWS)
     with subject.workers:
-        view = ShareBlocks(difference_rank=10_000).reshape(subject).view
-    for name in view.shared:
+        view = ShareBlocks(difference_rank=10_000, written_out=True).reshape(subject).view
+    matrices = [linear.weight_name for block in subject.anatomy.blocks[:2] for linear in block.linears]
+    for name in matrices:
         torch.testing.assert_close(view.read(name), subject.checkpoint.read(name), atol=1e-5, rtol=1e-4)
     errors = []
     for rank in (0, 2, 8, 16):
         with subject.workers:
-            errors.append(ShareBlocks(difference_rank=rank).reshape(subject).decided["output_errors"][0])
+            errors.append(
+                ShareBlocks(difference_rank=rank, written_out=True).reshape(subject).decided["output_errors"][0]
+            )
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.8 * errors[0]
+
+
+def test_differences_that_would_take_more_than_the_matrices_are_refused_with_the_figures(tmp_path):
+    _, subject = tiny_subject("llama", tmp_path / "base", WINDOWS)
+    shapes = [linear.shape for linear in subject.anatomy.blocks[0].linears]
+    most = min((2 - 1) * out * width / (2 * (out + width)) for out, width in shapes)  # where r(o+w)·2 + o·w = 2·o·w
+    rank = 1000
+    numbers = sum(out * width + 2 * min(rank, out, width) * (out + width) for out, width in shapes)
+    with (
+        subject.workers,
+        pytest.raises(RecipeError, match=rf"rank=1000 .*hold [\d,]+ numbers.*rank up to {int(most)} "),
+    ):
+        ShareBlocks(difference_rank=rank).reshape(subject)
+    with pytest.raises(
+        RecipeError, match=f"{numbers:,} numbers, the blocks' own hold {2 * sum(o * w for o, w in shapes):,}"
+    ):
+        ShareBlocks(difference_rank=rank)._require_smaller(subject, [[0, 1]])
+    with subject.workers:
+        view = ShareBlocks(difference_rank=int(most)).reshape(subject).view
+    assert parameter_count(view) < parameter_count(subject.checkpoint)
 
 
 def recipe_of(text_file, *steps):

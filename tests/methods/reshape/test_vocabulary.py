@@ -13,6 +13,7 @@ from tests.parity.tiny_models import reference_output
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import fettle
+from fettle.api import compressing
 from fettle.data.tokenizer import load_tokenizer
 from fettle.errors import RecipeError
 from fettle.methods.registry import from_fields
@@ -80,7 +81,7 @@ def test_it_is_measured_by_the_byte(trimmed, tiny_llama):
     config = json.loads((made.folder / "config.json").read_text())
     assert config["vocab_size"] == len(kept)
     assert made.evaluation.kl_mean is None and made.evaluation.reference_bits_per_byte is not None
-    alone = fettle.evaluate(tiny_llama, length=512, max_tokens=16384)
+    alone = fettle.evaluate(tiny_llama, length=512, max_tokens=compressing.EVALUATION_TOKENS)
     assert made.evaluation.reference_bits_per_byte == alone.bits_per_byte
     assert isinstance(fettle.generate(made.folder, "def quick", max_new_tokens=4), str)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.apart import ROOT, run_apart, run_together
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fettle.errors import NonFiniteError, RecipeError
 from fettle.methods.train import Distill
+from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
 from fettle.methods.train.job import TrainJob
 from fettle.methods.train.loop import Objective, run, take_
@@ -26,25 +31,12 @@ HOW: dict[str, Any] = {
     "steps": 6, "windows": 12, "length": 32, "batch_windows": 4, "look_every": 3, "checkpoint_every": 2, "held_back": 2,
     "learning_rate": 3e-3, "layers": 1, "accumulate": 2, "keep": "last",
 }  # fmt: skip
-SCRIPT = """
-import os, signal, sys
+LAUNCHED = """
+import sys
 from pathlib import Path
-from fettle.methods.train import Distill, curve
-from fettle.methods.train.job import TrainJob
-from fettle.methods.train.training import train
+from tests.methods.train.test_loop import train_until
 
-model, text, output, killed = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-write_json = curve.write_json
-
-def kill_at_the_mark(path, content):
-    if path.parent.name == killed:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_json(path, content)
-
-curve.write_json = kill_at_the_mark
-how = {how}
-folder = output.parent / (output.name + ".run")
-train(Distill(**how, text=text), TrainJob(model=model, original=model, output=output, folder=folder))
+train_until(*map(Path, sys.argv[1:4]), "nothing")
 """
 
 
@@ -75,16 +67,24 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def start(launcher: list[str], arguments: list[str], tmp_path: Path) -> int:
-    script = tmp_path / "child.py"
-    script.write_text(SCRIPT.replace("{how}", repr(HOW)))
-    return subprocess.run([*launcher, str(script), *arguments], check=False, capture_output=True).returncode
+def train_until(model: Path, text: Path, output: Path, killed: str) -> None:
+    """Trains; a kill comes before the mark of the checkpoint `killed`."""
+    write_json = curve_module.write_json
+
+    def kill_at_the_mark(path: Path, content: Any) -> None:
+        if path.parent.name == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(path, content)
+
+    curve_module.write_json = kill_at_the_mark
+    folder = output.parent / (output.name + ".run")
+    train(Distill(**HOW, text=str(text)), TrainJob(model=model, original=model, output=output, folder=folder))
 
 
-@pytest.fixture
-def undisturbed(tiny_llama: Path, text_file: Path, tmp_path: Path) -> tuple[Path, Curve]:
-    output = tmp_path / "undisturbed"
-    job = TrainJob(model=tiny_llama, original=tiny_llama, output=output, folder=tmp_path / "undisturbed.run")
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Curve]:
+    output = tmp_path_factory.mktemp("whole") / "undisturbed"
+    job = TrainJob(model=tiny_llama, original=tiny_llama, output=output, folder=output.parent / "undisturbed.run")
     return output, train(Distill(**HOW, text=str(text_file)), job)
 
 
@@ -92,8 +92,8 @@ def test_a_run_killed_inside_a_checkpoint_gives_the_same_bytes(
     tiny_llama: Path, text_file: Path, tmp_path: Path, undisturbed: tuple[Path, Curve]
 ) -> None:
     output = tmp_path / "killed"
-    arguments = [str(tiny_llama), str(text_file), str(output), "checkpoint-4"]
-    assert start([sys.executable], arguments, tmp_path) == -9
+    ended = run_apart(train_until, tiny_llama, text_file, output, "checkpoint-4", folder=tmp_path)
+    assert ended.code == -signal.SIGKILL, ended.said
     folder = tmp_path / "killed.run"
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
     assert (folder / "checkpoints" / "checkpoint-4").is_dir()  # torn: everything in it but its mark
@@ -108,18 +108,40 @@ def test_a_run_killed_inside_a_checkpoint_gives_the_same_bytes(
     assert digests(output) == digests(undisturbed[0])
 
 
-@pytest.mark.slow
+def same_curve(run: Path, undisturbed: tuple[Path, Curve]) -> bool:
+    found = Curve.from_json(json.loads((run / "curve.json").read_text()))
+    held_back = [[loss for _, loss in curve.held_back] for curve in (found, undisturbed[1])]
+    return found.losses == pytest.approx(undisturbed[1].losses, rel=1e-4) and held_back[0] == pytest.approx(
+        held_back[1], rel=1e-4
+    )
+
+
 def test_two_processes_give_the_curve_of_one(
     tiny_llama: Path, text_file: Path, tmp_path: Path, undisturbed: tuple[Path, Curve]
 ) -> None:
-    output = tmp_path / "two"
+    """Each with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alike = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [{**alike, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    ended = run_together(train_until, (tiny_llama, text_file, tmp_path / "two", "nothing"), ranks, tmp_path)
+    assert [one.code for one in ended] == [0, 0], ended
+    assert same_curve(tmp_path / "two.run", undisturbed)
+
+
+@pytest.mark.exhaustive
+def test_torchrun_gives_the_curve_of_one_process(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, undisturbed: tuple[Path, Curve]
+) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(LAUNCHED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert start(launcher, [str(tiny_llama), str(text_file), str(output), "nothing"], tmp_path) == 0
-    found = Curve.from_json(json.loads((tmp_path / "two.run" / "curve.json").read_text()))
-    assert found.losses == pytest.approx(undisturbed[1].losses, rel=1e-4)
-    assert [loss for _, loss in found.held_back] == pytest.approx(
-        [loss for _, loss in undisturbed[1].held_back], rel=1e-4
-    )
+    arguments = [str(script), str(tiny_llama), str(text_file), str(tmp_path / "two")]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    assert subprocess.run([*launcher, *arguments], check=False, capture_output=True, env=environment).returncode == 0
+    assert same_curve(tmp_path / "two.run", undisturbed)
 
 
 def test_parts_of_a_step_add_up_to_the_step(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ eigendecomposition a block. What is made is held until it is written: the new ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -88,6 +89,7 @@ class ShareBlocks:
         """The model with tied blocks."""
         _ = subject.family
         groups = self._groups(subject)
+        self._require_smaller(subject, groups)
         made, losses, errors = _Tied(subject, self.written_out), [], []
         weighed = bool(self.needs()) and (self.common != "block" or self.difference_rank > 0)
         for blocks, grams in _grams(subject, groups) if weighed else ((blocks, {}) for blocks in groups):
@@ -120,6 +122,25 @@ class ShareBlocks:
                     "own), so they cannot share them; choose another group"
                 )
         return groups
+
+    def _require_smaller(self, subject: Subject, groups: Sequence[Sequence[int]]) -> None:
+        """Raises RecipeError for differences so wide that the matrices would take more than those that they replace."""
+        if self.written_out or not self.difference_rank:
+            return
+        before = after = 0
+        widest = []
+        for blocks in groups:
+            for linear in subject.anatomy.blocks[blocks[0]].linears:
+                out, width = linear.shape
+                before += len(blocks) * out * width
+                after += out * width + len(blocks) * min(self.difference_rank, out, width) * (out + width)
+                widest.append((len(blocks) - 1) * out * width / (len(blocks) * (out + width)))
+        if after >= before:
+            raise RecipeError(
+                f"share_blocks: difference_rank={self.difference_rank} leaves nothing to save: the shared matrices and "
+                f"the differences would hold {after:,} numbers, the blocks' own hold {before:,}; for these matrices a "
+                f"rank up to {math.ceil(min(widest)) - 1} makes each smaller"
+            )
 
     def _loss_with(self, subject: Subject, made: _Tied, members: Members, place: int) -> float:
         """The text's loss where a group has the matrices of its block at `place`."""

@@ -167,9 +167,12 @@ def parse_share(text: str, field_name: str, method: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise RecipeError(
-            f"{method}: {field_name}={text!r} cannot be; write a share of the original's between 0 and 1, such as 0.6x"
-        )
+        try:
+            lacks_x = 0 < float(text) < 1
+        except ValueError:
+            lacks_x = False
+        advice = f"write {text}x" if lacks_x else "write a share between 0 and 1 with an x behind it, such as 0.6x"
+        raise RecipeError(f"{method}: {field_name}={text!r} is no share of the original's; {advice}")
     return share
 
 

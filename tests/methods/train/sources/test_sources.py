@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.apart import run_apart
 
 from fettle.api.completing import complete
 from fettle.data.tokenizer import load_tokenizer
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.registry import build
 from fettle.methods.train import TRAIN_METHODS, Distill
+from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import checkpoints
 from fettle.methods.train.job import TrainJob
 from fettle.methods.train.training import train
@@ -29,27 +31,6 @@ HOW: dict[str, Any] = {
     "on_policy": 0.25, "adversarial": 0.25, "written": 0.5, "curriculum": "original",
 }  # fmt: skip
 PLAIN = {**HOW, "on_policy": 0.0, "adversarial": 0.0, "curriculum": "none", "steps": 1}
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-from fettle.api.completing import complete
-from fettle.methods.train import Distill, curve
-from fettle.methods.train.job import TrainJob
-from fettle.methods.train.training import train
-
-write_json = curve.write_json
-
-def kill_at_the_mark(path, content):
-    if path.parent.name == "checkpoint-4":
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_json(path, content)
-
-curve.write_json = kill_at_the_mark
-model, text, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-folder = output.parent / (output.name + ".run")
-job = TrainJob(model=model, original=model, output=output, folder=folder, complete=complete)
-train(Distill(**{how}, text=text), job)
-"""
 
 
 def job(model: Path, output: Path) -> TrainJob:
@@ -61,17 +42,27 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-@pytest.mark.slow
+def train_until_checkpoint_4(model: Path, text: Path, output: Path) -> None:
+    """Trains; a kill comes before the mark of the checkpoint behind step 4."""
+    write_json = curve_module.write_json
+
+    def kill_at_the_mark(path: Path, content: Any) -> None:
+        if path.parent.name == "checkpoint-4":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(path, content)
+
+    curve_module.write_json = kill_at_the_mark
+    train(Distill(**HOW, text=str(text)), job(model, output))
+
+
 def test_every_source_at_once_gives_the_same_bytes_after_a_kill(
     tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """Killed in the checkpoint behind step 4, it goes on from step 2, inside the first segment."""
     method = Distill(**HOW, text=str(text_file))
     curve = train(method, job(tiny_llama, tmp_path / "undisturbed"))
-    script = tmp_path / "child.py"
-    script.write_text(SCRIPT.replace("{how}", repr(HOW)))
-    arguments = [sys.executable, str(script), str(tiny_llama), str(text_file), str(tmp_path / "killed")]
-    assert subprocess.run(arguments, check=False, capture_output=True).returncode == -9
+    ended = run_apart(train_until_checkpoint_4, tiny_llama, text_file, tmp_path / "killed", folder=tmp_path)
+    assert ended.code == -signal.SIGKILL, ended.said
     run = tmp_path / "killed.run"
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
     before = digests(run / "drawn")
