@@ -24,6 +24,7 @@ from fettle.engine.engine import Engine
 from fettle.engine.payoff import Payoff
 from fettle.engine.runners import LOOKUP, open_drafter, open_engine
 from fettle.engine.sequence import Sequence
+from fettle.engine.speculative import Drafter
 
 CODE = "def area(width, height):\n    return width * height\n\n"
 PROMPTS = {
@@ -39,7 +40,7 @@ PROMPTS = {
 class Always(Payoff):
     """Guesses in every step."""
 
-    def wanted(self, sequence: Sequence) -> int:
+    def wanted(self, sequence: Sequence, drafter: Drafter) -> int:
         return self.most
 
 
