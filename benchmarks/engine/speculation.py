@@ -3,9 +3,10 @@
 python benchmarks/engine/speculation.py [MODEL] [--engine torch] [--tokens 192] [--repetitions 5]
 
 The draft is the model itself, rounded to 2 bits. "repetitive": greedy completions of code that repeats itself.
-"varied": draws at temperature 1.2, where hardly any guess is right. Plain, look-up and draft run one after the other
-in each repetition on the same requests; a speed-up is the median of the repetitions' ratios of decoding time. The
-tokens must be equal. `--always` adds ways that guess in every step, whether it pays or not. One JSON line.
+"varied": draws at temperature 1.2, where hardly any guess is right. Plain, look-up and draft take turns at each
+request, in another order each time; a speed-up is the median of the repetitions' ratios of decoding time. The tokens
+must be equal. "plain_again" is the same as plain and says what the machine's noise does. `--always` adds ways that
+guess in every step, whether it pays or not. One JSON line.
 """
 
 from __future__ import annotations
@@ -44,12 +45,6 @@ class Always(Payoff):
         return self.most
 
 
-def decode(engine: Engine, requests: list[Request]) -> tuple[float, list[tuple[int, ...]]]:
-    """(decoding seconds, tokens), one request after the other."""
-    made = [engine.generate([request])[0] for request in requests]
-    return sum(completion.decode_seconds for completion in made), [completion.tokens for completion in made]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="demo")
@@ -81,7 +76,7 @@ def main() -> None:
                 Request(prompt=target.encode(prompt), max_tokens=asked.tokens, sampling=sampling, ignore_end=True)
                 for prompt in prompts
             ]
-            ways: dict[str, Engine] = {"plain": Engine(runner, vocabulary, alone)}
+            ways = {name: Engine(runner, vocabulary, alone) for name in ("plain", "plain_again")}
             for name, drafter in drafters.items():
                 for kind, payoff in (("", Payoff(asked.guesses)), ("_always", Always(asked.guesses))):
                     if kind and not asked.always:
@@ -93,27 +88,33 @@ def main() -> None:
 
 def compare(ways: dict[str, Engine], requests: list[Request], repetitions: int) -> dict[str, Any]:
     """Speed-up over plain, acceptance and whether the tokens are the same, by way of guessing."""
-    decode(ways["plain"], [dataclasses.replace(request, max_tokens=4) for request in requests])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    ways["plain"].generate([dataclasses.replace(requests[0], max_tokens=16)])
+    seconds = {name: [0.0] * repetitions for name in ways}
     tokens: dict[str, list[tuple[int, ...]]] = {}
-    for _ in range(repetitions):
-        for name, engine in ways.items():
-            took, tokens[name] = decode(engine, requests)
-            seconds[name].append(took)
+    names = list(ways)
+    for repetition in range(repetitions):
+        tokens = {name: [] for name in ways}
+        for request in requests:
+            names = [*names[1:], names[0]]
+            for name in names:
+                made = ways[name].generate([request])[0]
+                seconds[name][repetition] += made.decode_seconds
+                tokens[name].append(made.tokens)
     result: dict[str, Any] = {
         "plain_tokens_per_second": sum(map(len, tokens["plain"])) / statistics.median(seconds["plain"])
     }
     for name, engine in ways.items():
-        if engine.payoff is None:
+        if name == "plain":
             continue
         ratios = [plain / took for plain, took in zip(seconds["plain"], seconds[name], strict=True)]
         result[name] = {
             "speed_up": statistics.median(ratios),
             "spread": [min(ratios), max(ratios)],
-            "guessed": engine.payoff.guessed,
-            "acceptance": engine.payoff.accepted / max(1, engine.payoff.guessed),
             "same_tokens": tokens[name] == tokens["plain"],
         }
+        if engine.payoff is not None:
+            accepted, guessed = engine.payoff.accepted, engine.payoff.guessed
+            result[name] |= {"guessed": guessed, "acceptance": accepted / max(1, guessed)}
     return result
 
 

@@ -1,11 +1,12 @@
-// Attention over a paged cache, a page at a time with the online softmax (Milakov and Gimelshein 2018,
+// Attention over a paged cache, a few pages at a time with the online softmax (Milakov and Gimelshein 2018,
 // https://arxiv.org/abs/1805.02867): memory is linear in the length, and no matrix of scores exists.
 //
 //   m' = max(m, max_j s_j)    l' = l·e^(m-m') + Σ_j e^(s_j-m')    out' = out·e^(m-m') + Σ_j e^(s_j-m') v_j
 //
 // Keys of a page lie [head_size][page_size], so that the scores of neighbouring positions are one register and no sum
-// crosses it. Each row (a head of a token) does the same sums whatever else is in the call: tokens do not change with
-// the batch. Included once for each instruction set.
+// crosses it. Pages go in spans, whose places in the text are always the same, so that the largest score, the sum and the
+// change of scale come once for some dozens of positions. Each row (a head of a token) does the same sums whatever else
+// is in the call: tokens do not change with the batch. Included once for each instruction set.
 #pragma once
 
 #include <cmath>
@@ -82,6 +83,13 @@ inline void score(const float* const* queries, const float* keys, int size, int 
     for (int r = 0; r < R; ++r) scores[r * stride + j] = score_alone(queries[r], keys + j, size, page);
 }
 
+// A tail of values that fills no register. Never inlined, as `score_alone`.
+__attribute__((noinline)) float accumulate_alone(float total, const float* weights, const float* values, int first, int last,
+                                                 int size) {
+  for (int j = first; j < last; ++j) total += weights[j] * values[j * size];
+  return total;
+}
+
 // out = out · keep + Σ_j weights[j] · values[j], j from first to last-1
 inline void accumulate(float* out, float keep, const float* weights, const float* values, int first, int last, int size) {
   int d = 0;
@@ -100,17 +108,25 @@ inline void accumulate(float* out, float keep, const float* weights, const float
     store(out + d + 16, e);
     store(out + d + 24, f);
   }
-  for (; d < size; ++d) {
-    float total = out[d] * keep;
-    for (int j = first; j < last; ++j) total += weights[j] * values[j * size + d];
-    out[d] = total;
+  for (; d + 8 <= size; d += 8) {
+    Floats a = load(out + d) * keep;
+    for (int j = first; j < last; ++j) a += weights[j] * load(values + j * size + d);
+    store(out + d, a);
   }
+  for (; d < size; ++d) out[d] = accumulate_alone(out[d] * keep, weights, values + d, first, last, size);
 }
 
-// Scores of positions first … last-1 of a page into the running softmax of one row. Lanes outside hold rubbish, which
+// Neighbouring pages, widened: those from `first` to `last` - 1 of the span; the others are not read.
+struct PageSpan {
+  const float* keys[kSpanPages] = {};
+  const float* values[kSpanPages] = {};
+  int start = 0, first = 0, last = 0;  // start: position of the span's first page, read or not
+  int page = 0, size = 0;              // positions of a page, numbers of a head
+};
+
+// Scores of positions first … last-1 of a span into the running softmax of one row. Lanes outside hold rubbish, which
 // is replaced before it is counted; scores has room for whole registers.
-inline void absorb(float* scores, int first, int last, const AttentionQueries& q, float* state, const float* values,
-                   int size, float* out) {
+inline void absorb(float* scores, int first, int last, const AttentionQueries& q, float* state, const PageSpan& span, float* out) {
   const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7};
   Floats tops = all(kNothing);
   for (int j = first / 8 * 8; j < last; j += 8) {
@@ -130,7 +146,10 @@ inline void absorb(float* scores, int first, int last, const AttentionQueries& q
   }
   state[0] = maximum;
   state[1] = state[1] * keep + sum(total);
-  accumulate(out, keep, scores, values, first, last, size);
+  for (int number = first / span.page, begin = number * span.page; begin < last; ++number, begin += span.page) {
+    const int from = first > begin ? first - begin : 0, to = last - begin < span.page ? last - begin : span.page;
+    accumulate(out, begin <= first ? keep : 1.0f, scores + begin, span.values[number], from, to, span.size);
+  }
 }
 
 // Where a row's query and output lie.
@@ -140,36 +159,38 @@ inline int64_t row_place(const AttentionQueries& q, int row, int size) {
 
 constexpr int kTogether = 4;  // rows that read keys from a register together
 
-// One page for all rows.
-inline void attend_page(const AttentionQueries& q, int start, int page, int size, const float* keys, const float* values,
-                        float* scores, int64_t stride, float* states) {
-  const int rows = q.tokens * q.heads;
+// One span for all rows.
+inline void attend_span(const AttentionQueries& q, const PageSpan& span, float* scores, int64_t stride, float* states) {
+  const int rows = q.tokens * q.heads, page = span.page, size = span.size;
   for (int first = 0; first < rows; first += kTogether) {
     const int count = rows - first < kTogether ? rows - first : kTogether;
-    if (q.position + (first + count - 1) / q.heads < start) continue;  // the page is later than all of them
+    const int latest = q.position + (first + count - 1) / q.heads;
     const float* queries[kTogether];
     for (int r = 0; r < kTogether; ++r) queries[r] = q.queries + row_place(q, first + (r < count ? r : 0), size);
-    if (count == kTogether) {
-      score<kTogether>(queries, keys, size, page, scores, stride);
-    } else {
-      for (int r = 0; r < count; ++r) score<1>(queries + r, keys, size, page, scores + r * stride, stride);
+    for (int number = span.first; number < span.last && span.start + number * page <= latest; ++number) {
+      float* into = scores + number * page;
+      if (count == kTogether) {
+        score<kTogether>(queries, span.keys[number], size, page, into, stride);
+      } else {
+        for (int r = 0; r < count; ++r) score<1>(queries + r, span.keys[number], size, page, into + r * stride, stride);
+      }
     }
     for (int r = 0; r < count; ++r) {
-      const int position = q.position + (first + r) / q.heads;
-      const int seen = position + 1 - start < page ? position + 1 - start : page;
-      const int lost = q.window > 0 && position + 1 - q.window > start ? position + 1 - q.window - start : 0;
+      const int position = q.position + (first + r) / q.heads, end = position + 1 - span.start;
+      const int seen = end < span.last * page ? end : span.last * page;
+      const int lost = q.window > 0 && end > q.window ? end - q.window : 0;
       if (lost >= seen) continue;
-      absorb(scores + r * stride, lost, seen, q, states + 2 * (first + r), values, size, q.out + row_place(q, first + r, size));
+      absorb(scores + r * stride, lost, seen, q, states + 2 * (first + r), span, q.out + row_place(q, first + r, size));
     }
   }
 }
 
 void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) {
-  const int size = cache.head_size, page = cache.page_size, rows = q.tokens * q.heads;
-  const int64_t slab = static_cast<int64_t>(size) * page, stride = (page + 7) / 8 * 8;
+  const int size = cache.head_size, page = cache.page_size, rows = q.tokens * q.heads, pages = span_pages(cache);
+  const int64_t slab = static_cast<int64_t>(size) * page, stride = (pages * page + 7) / 8 * 8;
   float* wide_keys = scratch;
-  float* wide_values = wide_keys + slab;
-  float* scores = wide_values + slab;
+  float* wide_values = wide_keys + pages * slab;
+  float* scores = wide_values + pages * slab;
   float* states = scores + kTogether * stride;
   for (int row = 0; row < rows; ++row) {
     states[2 * row] = kNothing;
@@ -177,13 +198,21 @@ void attend(const CacheLayer& cache, const AttentionQueries& q, float* scratch) 
     float* out = q.out + row_place(q, row, size);
     for (int d = 0; d < size; ++d) out[d] = 0;
   }
-  const int oldest = q.window > 0 && q.position + 1 > q.window ? q.position + 1 - q.window : 0;
-  const int newest = q.position + q.tokens - 1;
-  for (int number = oldest / page; number <= newest / page; ++number) {
-    const int64_t slab_number = static_cast<int64_t>(q.pages[number]) * cache.kv_heads + q.kv_head;
-    const float* keys = widen_keys(cache, slab_number, wide_keys);
-    const float* values = widen_values(cache, slab_number, wide_values);
-    attend_page(q, number * page, page, size, keys, values, scores, stride, states);
+  const int oldest = (q.window > 0 && q.position + 1 > q.window ? q.position + 1 - q.window : 0) / page;
+  const int newest = (q.position + q.tokens - 1) / page;
+  PageSpan span;
+  span.page = page;
+  span.size = size;
+  for (int start = oldest / pages * pages; start <= newest; start += pages) {
+    span.start = start * page;
+    span.first = oldest > start ? oldest - start : 0;
+    span.last = newest - start + 1 < pages ? newest - start + 1 : pages;
+    for (int number = span.first; number < span.last; ++number) {
+      const int64_t slab_number = static_cast<int64_t>(q.pages[start + number]) * cache.kv_heads + q.kv_head;
+      span.keys[number] = widen_keys(cache, slab_number, wide_keys + number * slab);
+      span.values[number] = widen_values(cache, slab_number, wide_values + number * slab);
+    }
+    attend_span(q, span, scores, stride, states);
   }
   for (int row = 0; row < rows; ++row) {
     float* out = q.out + row_place(q, row, size);

@@ -91,6 +91,10 @@ struct Kernels {
   decltype(&portable_sparse_values_row) sparse_values_row = portable_sparse_values_row;
 };
 
+// How many neighbouring pages attention scores together, 1 … kSpanPages: their keys and values stay in the first-level cache.
+constexpr int kSpanPages = 64;
+int span_pages(const CacheLayer& cache);
+
 // Floats of scratch that `attend` needs.
 int64_t attention_scratch(const CacheLayer& cache, int tokens, int heads);
 

@@ -282,7 +282,7 @@ def ticking_seconds(
 
 
 @pytest.mark.parametrize(("drafter", "step", "blur"), [("lookup", 0, 0), ("draft", 0.1, 50), ("draft", 0.4, 50)])
-@pytest.mark.parametrize("length", [96, 256])
+@pytest.mark.parametrize("length", [96, 128])
 def test_the_engine_holds_the_bound_on_a_planted_clock(drafter: str, step: float, blur: float, length: int) -> None:
     plain, _ = ticking_seconds(None, blur=0, length=length)
     guessing, payoff = ticking_seconds(drafter, step=step, blur=blur, length=length)

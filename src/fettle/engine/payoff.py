@@ -8,13 +8,16 @@ is less than a few percent, nothing is guessed. What goes in is known before the
 - drafting: a draft model times its steps when it is opened, so one that is no faster than the model is never asked;
 - a: the drafter *rehearses*, which says how many of the tokens that were made without guesses it would have guessed.
   Prompt look-up knows that for nothing; a draft model reads the last two dozen tokens in one call;
-- checking: from the steps with guesses, a third of a plain step for each guess until there is one.
+- checking: the median of steps with guesses and of two that nobody saw, with a third of a plain step for each guess.
 
 What is known is the engine's, so later requests begin with it. None of it is certain, so there is an account, in
 plain steps: a step with guesses costs its time less a plain step and earns a plain step for each right guess, a
 rehearsal costs its time, every step pays in `SHARE`, and a new sequence starts with `AHEAD` at most. Nothing is guessed
 that the account could not pay if all of it were wrong. So n tokens that take n plain steps alone take at most
 n + AHEAD + SHARE·n, whatever the estimates of a say: 2.6% more for 96 tokens, 1.6% for 256.
+
+A step that something else held up is charged twice what was feared, not more: it would have been held up without
+guesses too. What a guess costs is forgotten bit by bit while nothing is guessed, so that it is tried again.
 
 Beside the account there is a loan: a draft model that has not read a sequence yet may read it on credit, where guesses
 are known to pay and would earn twice of all that is lent by the end. What the account has above `AHEAD` pays it back.
@@ -37,10 +40,13 @@ LEAST_GAIN = 1.05
 SHARE = 0.01  # of every step, for guesses that may turn out wrong
 AHEAD = 1.5  # plain steps that a sequence may be behind before it has paid anything in
 BEST_RATE = 0.95  # no draft is right more often: what does not pay with that is not rehearsed
-FIRST_CHECKING, MOST_CHECKING = 0.3, 1.0  # of a guess, in plain steps, before one is measured: expected, and feared
+FIRST_CHECKING, MOST_CHECKING = 0.3, 1.0  # of a guess, in plain steps, before some are measured: expected, and feared
+UNSEEN = 2  # steps with guesses that count as measured before there are any
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # plain steps between rehearsals that cost something
+FIRST_FADE = 16  # plain steps until costs are forgotten but for the newest; twice as many each time, up to the longest
+ASKED_AGAIN = 4  # steps until a drafter is asked again that had too little to rehearse
 EVIDENCE = 8  # rehearsed or real guesses, before a sequence is read on credit
-REFRESH = 64  # a plain step after so many with guesses, so that its seconds stay known
+REFRESH = 32  # a plain step after so many with guesses, so that its seconds stay known
 TIMED = 15  # steps that a median is of
 DECAY, PRIOR = 0.9, 4.0  # how fast a sequence's own counts fade; how many counts the others' weigh
 
@@ -52,8 +58,30 @@ class _Size:
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # seconds without guesses
     checks: deque[float] = field(default_factory=lambda: deque(maxlen=TIMED))  # of a guess a row, in plain steps
     plain: float | None = None  # median of steps, from the second on
-    checking: float | None = None  # median of checks
+    checking: float | None = None  # median of checks and of those unseen; None without any
     guessed_steps: int = 0  # since the last one without
+    waited: int = 0  # steps without guesses since the last one with, or since a cost was forgotten
+    pause: int = FIRST_FADE
+
+    def check(self, cost: float) -> None:
+        """A guess took so many plain steps to check."""
+        self.checks.append(cost)
+        self.guessed_steps += 1
+        self.waited, self.pause = 0, FIRST_FADE if cost < MOST_CHECKING else self.pause
+        self._look()
+
+    def fade(self) -> None:
+        """A step without guesses."""
+        self.guessed_steps = 0
+        self.waited += 1
+        if self.checks and self.waited >= self.pause:
+            while len(self.checks) > 1:
+                self.checks.popleft()
+            self.waited, self.pause = 0, min(2 * self.pause, LONGEST_PAUSE)
+            self._look()
+
+    def _look(self) -> None:
+        self.checking = median_low([*self.checks, *[FIRST_CHECKING] * UNSEEN]) if self.checks else None
 
 
 @dataclass
@@ -111,13 +139,18 @@ class Payoff:
         if size.plain is None:
             return 0
         drafting = drafter.guess_seconds(self._rows) / size.plain
-        expected = drafting + self._checking(size, FIRST_CHECKING)
+        if (
+            drafting >= 1
+        ):  # never, not even if every guess were right; what follows has to be quick, it is in every step
+            return 0
+        checking = self._checking(size)
+        expected = drafting + checking
         self._rehearse(sequence, own, drafter, size.plain, expected)
         if size.guessed_steps >= REFRESH:
             return 0
         count = min(best_guesses(self._rate(own), expected, self.most), 1 + int(own.right))
         entry = drafter.entry_seconds(sequence) / size.plain if count else 0.0
-        feared = self._checking(size, MOST_CHECKING) / self._rows
+        feared = max(checking, MOST_CHECKING if len(size.checks) <= UNSEEN else 0.0) / self._rows
         while count:
             cost = drafting * max(0, count - self._longest) + feared * count
             left = self.balance - self._promised - cost
@@ -137,21 +170,22 @@ class Payoff:
         if guesses == 0:
             size.steps.append(drafting + checking)
             size.plain = median_low(size.steps) if len(size.steps) > 1 else None
-            size.guessed_steps = 0
+            size.fade()
             self._waited += 1
         elif size.plain is not None:
-            size.guessed_steps += 1
-            size.checks.append(max(0.0, checking / size.plain - 1) * self._rows / guesses)
-            size.checking = median_low(size.checks)
+            size.check(max(0.0, checking / size.plain - 1) * self._rows / guesses)
             self.loan += self._lent
-            self.balance -= (drafting + checking) / size.plain - 1 - self._lent
+            self.balance -= min((drafting + checking) / size.plain - 1 - self._lent, 2 * self._promised)
 
     def count(self, sequence: Sequence, guessed: int, accepted: int) -> None:
         """So many of a sequence's guesses were right, up to the first wrong one."""
-        own = self._own.setdefault(sequence.number, _Own())
-        own.guessed = guessed > 0
+        own = self._own.get(sequence.number)
+        if own is not None:
+            own.guessed = guessed > 0
         if guessed == 0:
             return
+        if own is None:
+            own = self._own[sequence.number] = _Own(guessed=True)
         self.guessed += guessed
         self.accepted += accepted
         self.balance += accepted / self._rows
@@ -164,14 +198,17 @@ class Payoff:
     def _rehearse(self, sequence: Sequence, own: _Own, drafter: Drafter, plain: float, expected: float) -> None:
         """Asks what would have been guessed: as often as it costs nothing, else now and then, with what there is."""
         due = self._waited >= self._pause and best_guesses(BEST_RATE, expected, self.most) > 0
-        told = drafter.rehearse(sequence, max(0.0, self.balance - self._promised) * plain if due else 0.0)
+        allowed = max(0.0, self.balance - self._promised) if due else 0.0
+        told = drafter.rehearse(sequence, allowed * plain)
         if told.tried and not own.guessed:
             self._note(own, told.right, told.tried)
         if told.seconds > 0:
-            self.balance -= told.seconds / plain
+            self.balance -= min(told.seconds / plain, 2 * allowed)
             pays = best_guesses(self._rate(own), expected, self.most) > 0
             self._pause = FIRST_PAUSE if pays else min(2 * self._pause, LONGEST_PAUSE)
             self._waited = 0
+        elif due:
+            self._waited -= ASKED_AGAIN
 
     def _pay_in(self) -> None:
         """A step's share, which nobody saves, and what was earned pays back what was lent."""
@@ -192,13 +229,14 @@ class Payoff:
         remaining = (sequence.limit - sequence.made_count) / self._rows
         return count > 0 and remaining * (1 - 1 / gain(rate, expected, count)) >= 2 * (entry + self.loan + self._lent)
 
-    def _checking(self, size: _Size, unknown: float) -> float:
+    def _checking(self, size: _Size) -> float:
         """What checking a guess a row costs, in plain steps; of the nearest number of rows where it was measured."""
         if size.checking is not None:
             return size.checking
-        measured = [(abs(rows - self._rows), other.checking) for rows, other in self._sizes.items()]
-        near = min((each for each in measured if each[1] is not None), default=None)
-        return max(near[1] or 0.0, unknown) if near else unknown
+        if len(self._sizes) == 1:
+            return FIRST_CHECKING
+        known = {abs(rows - self._rows): other.checking for rows, other in self._sizes.items()}
+        return min(((far, cost) for far, cost in known.items() if cost is not None), default=(0, FIRST_CHECKING))[1]
 
     def _note(self, own: _Own, right: int, tried: int) -> None:
         own.add(right, tried, DECAY)
@@ -210,10 +248,17 @@ class Payoff:
 
 
 def best_guesses(rate: float, cost: float, most: int) -> int:
-    """The k up to `most` with the largest gain; 0 where none is worth it."""
-    gains = [gain(rate, cost, k) for k in range(most + 1)]
-    best = max(range(most + 1), key=gains.__getitem__)
-    return best if gains[best] >= LEAST_GAIN else 0
+    """The k up to `most` with the largest gain; 0 where none is worth it. In every step, so it has to be quick."""
+    best, largest = 0, 1.0
+    tokens = power = 1.0
+    for k in range(1, most + 1):
+        power *= rate
+        tokens += power
+        gained = tokens / (1 + cost * k)
+        if gained <= largest:  # tokens grow less and less, costs by the same: what falls once goes on falling
+            break
+        best, largest = k, gained
+    return best if largest >= LEAST_GAIN else 0
 
 
 def gain(rate: float, cost: float, guesses: int) -> float:

@@ -57,6 +57,9 @@ class Rehearsal:
     seconds: float = 0.0
 
 
+NOTHING = Rehearsal()
+
+
 class Drafter(Protocol):
     """Guesses the next tokens of decoding sequences."""
 
@@ -120,14 +123,18 @@ class PromptLookup:
         seen, places = self._places.get(sequence.number, (0, {}))
         right = tried = 0
         for end in range(seen, len(tokens)):
-            grams = [tuple(tokens[end - length : end]) for length in self._lengths if end >= length]
-            if end >= prompt:
-                found = next((places[gram] for gram in grams if gram in places), None)
-                tried += found is not None
-                right += found is not None and tokens[found] == tokens[end]
-            places.update(dict.fromkeys(grams, end))
+            found = None
+            for length in self._lengths:
+                if end >= length:
+                    gram = tuple(tokens[end - length : end])
+                    if found is None:
+                        found = places.get(gram)
+                    places[gram] = end
+            if found is not None and end >= prompt:
+                tried += 1
+                right += tokens[found] == tokens[end]
         self._places[sequence.number] = (len(tokens), places)
-        return Rehearsal(right=right, tried=tried)
+        return Rehearsal(right=right, tried=tried) if tried else NOTHING
 
     def _guess(self, sequence: Sequence, room: int) -> list[int]:
         self._enter(sequence)
@@ -169,10 +176,11 @@ class DraftModel:
         self._runner, self._clock = runner, clock
         self._scratch = range(its.pages, needed)
         self._fed: dict[int, tuple[int, int, list[int]]] = {}  # number → restarts, known tokens fed, guessed ones fed
-        step, token = self._time_opening()
-        self._steps: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMED))  # rows → seconds of a guess
+        step, self._token_seconds = self._time_opening()  # of a token among many that are read at once
+        self._reads = deque([self._token_seconds], maxlen=TIMED)
+        self._guess_seconds = {1: step}  # rows → seconds of a guess
+        self._steps: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMED))
         self._steps[1].append(step)
-        self._read_seconds = deque([token], maxlen=TIMED)  # of a token among many
 
     def propose(self, works: Listed[Work]) -> list[list[int]]:
         """As `Drafter.propose`; one call of the draft model a guessed token, for all sequences at once."""
@@ -190,6 +198,7 @@ class DraftModel:
                 guesses[index].append(draw_token(row, works[index].sequence.draw(guesses[index])))
             if single:
                 self._steps[rows].append(self._clock() - began)
+                self._guess_seconds[rows] = median_low(self._steps[rows])
             active = [index for index in active if len(guesses[index]) < rooms[index]]
             pieces = [self._next(works[index].sequence, guesses[index]) for index in active]
         for work, guess in zip(works, guesses, strict=True):
@@ -199,11 +208,13 @@ class DraftModel:
 
     def rehearse(self, sequence: Sequence, seconds: float) -> Rehearsal:
         """As `Drafter.rehearse`, in one call; nothing where the seconds or the made tokens do not suffice."""
+        if seconds <= 0:
+            return NOTHING
         tokens, last = sequence.tokens, len(sequence.tokens) - 1
         longest = min(REHEARSED, last, self._rehearsable, sequence.made_count * 3 // 2)
-        fits = int(min(seconds / self._token_seconds(), longest))
+        fits = int(min(seconds / self._token_seconds, longest))
         if fits < LEAST_REHEARSED:
-            return Rehearsal()
+            return NOTHING
         tried = fits * 2 // 3  # the first third is past for the others
         began = self._clock()
         logits = self._runner.run(pack([self._in_scratch(tokens[last - fits : last], 0, tried)]))
@@ -212,16 +223,18 @@ class DraftModel:
             draw_token(row, sequence.draw_at(place)) == tokens[place] for row, place in zip(logits, wanted, strict=True)
         )
         took = self._clock() - began
-        self._read_seconds.append(took / fits)
+        self._reads.append(took / fits)
+        self._token_seconds = median_low(self._reads)
         return Rehearsal(right=right, tried=tried, seconds=took)
 
     def guess_seconds(self, rows: int) -> float:
         """As `Drafter.guess_seconds`; of the nearest number of sequences where this one was not measured."""
-        return median_low(self._steps[min(self._steps, key=lambda known: abs(known - rows))])
+        known = self._guess_seconds
+        return known[rows] if rows in known else known[min(known, key=lambda other: abs(other - rows))]
 
     def entry_seconds(self, sequence: Sequence) -> float:
         """As `Drafter.entry_seconds`: of the known tokens that it has not read, but for the newest."""
-        return max(0, len(sequence.tokens) - 1 - self._held(sequence)) * self._token_seconds()
+        return max(0, len(sequence.tokens) - 1 - self._held(sequence)) * self._token_seconds
 
     def forget(self, sequence: Sequence) -> None:
         """As `Drafter.forget`."""
@@ -231,9 +244,6 @@ class DraftModel:
     def _rehearsable(self) -> int:
         longest = self._runner.shape.context_length
         return SCRATCH_TOKENS if longest is None else min(SCRATCH_TOKENS, longest)
-
-    def _token_seconds(self) -> float:
-        return median_low(self._read_seconds)
 
     def _time_opening(self) -> tuple[float, float]:
         """Seconds of a step, and of a token among many that are read at once: the fastest of a few."""
