@@ -1,6 +1,6 @@
 """OpenVINO on the processor with int4 weights of random numbers, its graph written here without a converter.
 
-    python openvino.py int4-128 --blocks 22 --threads 2 --folder DIR
+    python ov.py int4-128 --blocks 22 --threads 2 --folder DIR
 
 The graph has the patterns that the plugin knows by heart: weights are u4 codes, a zero point and a float16 scale for
 each group, converted, shifted and scaled in front of a product (a compressed one, when it is compiled); past keys and
@@ -11,18 +11,15 @@ as the converters of its makers have it.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turns import DECODED, HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, MLP, PROMPT, TOGETHER, VOCABULARY, take_turns
-
-sys.path.pop(0)  # this file has the package's name
 import openvino as ov
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
+from turns import DECODED, HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, MLP, PROMPT, TOGETHER, VOCABULARY, take_turns
 
 KEPT: list[np.ndarray] = []  # constants of four bits share the memory of an array and do not hold it
 FORMATS = {"int4-128": 128, "int4-32": 32}
