@@ -4,9 +4,10 @@
         [--repeats 5] [--only llamacpp:Q4_0 native:uniform4-32 …] [--folder DIR]
 
 A peer's Python has its package installed (llamacpp: llama-cpp-python and gguf; ct2: ctranslate2; ov: openvino; ort:
-onnxruntime-genai and onnx); peers/NAME.py makes its file and works when it is told to. All engines are open at the same time with the same threads, and in each repeat
-each does the same piece of work in turn: a prompt of 512 tokens, 16 tokens of one sequence, 16 of eight. Medians of the
-repeats; ratios are medians of each repeat's own, native over peer in tokens a second, for the pairs of `PAIRS`.
+onnxruntime-genai and onnx); peers/NAME.py makes its file and works when it is told to. All engines are open at the same
+time with the same threads, and in each repeat each does the same piece of work in turn: a prompt of 512 tokens, 16
+tokens of one sequence, 16 of eight. Medians of the repeats; ratios are medians of each repeat's own, native over peer
+in tokens a second, for the pairs of `PAIRS`.
 A peer that does not start is left out, with its last line as the reason.
 """
 
