@@ -5,10 +5,11 @@
 Random weights guess nothing, so the model is made to be guessed: TinyLlama-1.1B's shape with 4-bit codes, whose blocks
 behind the first add exactly nothing, though they are computed, and whose attention adds nothing anywhere, since random
 attention is another one for another beginning of the text, which a rehearsal leaves out. The draft is the first block
-alone, which then is the model; a wrapper turns a share of its guesses wrong, 1 - agreement of them. Times are those of real steps of the native
-engine, agreement is not a property of any real pair of models. Plain and drafted generations take turns on the same
-prompts; a speed-up is the median of the repetitions' ratios of decoding time, each repetition with an engine of its
-own, whose switch knows nothing yet; "later" are those of its second request. One JSON line.
+alone, which then is the model; a wrapper turns a share of its guesses wrong, 1 - agreement of them. Times are those
+of real steps of the native engine, agreement is not a property of any real pair of models. Plain and drafted
+generations take turns on the same prompts; a speed-up is the median of the repetitions' ratios of decoding time, each
+repetition with an engine of its own, whose switch knows nothing yet; "later" are those of its second request. One JSON
+line.
 """
 
 from __future__ import annotations
