@@ -3,11 +3,12 @@
     python benchmarks/engine/beside_peers.py --peer llamacpp=PYTHON --peer ct2=PYTHON [--blocks 4] [--threads 2]
         [--repeats 5] [--only llamacpp:Q4_0 native:uniform4-32 …] [--work prefill decode] [--folder DIR]
 
-A peer's Python has its package installed (llamacpp: llama-cpp-python and gguf; ct2: ctranslate2); peers/NAME.py makes
-its file and works when it is told to. All engines are open at the same time with the same threads, and in each repeat
-each does the same piece of work in turn: a prompt of 512 tokens, 16 tokens of one sequence, 16 of eight (`--work` takes
-some of the three: CTranslate2 reads eight prompts twice for the last, which takes minutes). Medians of the
-repeats; ratios are medians of each repeat's own, native over peer in tokens a second, for the pairs of `PAIRS`.
+A peer's Python has its package installed (llamacpp: llama-cpp-python and gguf; ct2: ctranslate2; ov: openvino; ort:
+onnxruntime-genai and onnx); peers/NAME.py makes its file and works when it is told to. All engines are open at the same
+time with the same threads, and in each repeat each does the same piece of work in turn: a prompt of 512 tokens, 16
+tokens of one sequence, 16 of eight (`--work` takes some of the three: CTranslate2 reads eight prompts twice for the
+last, which takes minutes). Medians of the repeats; ratios are medians of each repeat's own, native over peer in tokens
+a second, for the pairs of `PAIRS`.
 A peer that does not start is left out, with its last line as the reason.
 """
 
@@ -27,6 +28,8 @@ FORMATS = {
     "native": ("uniform4-32", "uniform4-128", "uniform3-32", "uniform2-64", "ternary-256"),
     "llamacpp": ("Q4_0", "Q4_K_M", "Q2_K", "IQ3_S", "TQ2_0"),
     "ct2": ("int8",),
+    "ov": ("int4-32", "int4-128"),
+    "ort": ("int4-32", "int4-128"),
 }
 PAIRS = (
     ("native:uniform4-32", "llamacpp:Q4_0"),
@@ -35,6 +38,10 @@ PAIRS = (
     ("native:uniform2-64", "llamacpp:Q2_K"),
     ("native:ternary-256", "llamacpp:TQ2_0"),
     ("native:uniform4-32", "ct2:int8"),
+    ("native:uniform4-32", "ov:int4-32"),
+    ("native:uniform4-128", "ov:int4-128"),
+    ("native:uniform4-32", "ort:int4-32"),
+    ("native:uniform4-128", "ort:int4-128"),
 )
 TOKENS = {"prefill": 512, "decode": 16, "decode8": 128}
 SCRIPTS = Path(__file__).parent / "peers"

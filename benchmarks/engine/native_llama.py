@@ -32,9 +32,11 @@ def grid_of(options: argparse.Namespace) -> Grid:
     return uniform(options.bits) if options.bits else named("ternary")
 
 
-def coded(rows: int, columns: int, options: argparse.Namespace, pool: Any, codes: np.ndarray) -> dict[str, Any]:
+def coded(
+    rows: int, columns: int, options: argparse.Namespace, pool: Any, codes: np.ndarray, scale: float = 0.01
+) -> dict[str, Any]:
     grid, group = grid_of(options), options.group_size
-    scales = np.full((rows, -(-columns // group)), 0.01, np.float16).view(np.uint16)
+    scales = np.full((rows, -(-columns // group)), scale, np.float16).view(np.uint16)
     taken = np.ascontiguousarray(codes[: rows * columns].reshape(rows, columns))
     matrix = plane().coded(taken, columns, 8, grid.bits, group, scales, "float16", list(grid.levels), None, 1.0, pool)
     return {"matrix": matrix, "bias": None}

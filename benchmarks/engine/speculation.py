@@ -3,9 +3,11 @@
 python benchmarks/engine/speculation.py [MODEL] [--engine torch] [--tokens 192] [--repetitions 5]
 
 The draft is the model itself, rounded to 2 bits. "repetitive": greedy completions of code that repeats itself.
-"varied": draws at temperature 1.2, where hardly any guess is right. Plain, look-up and draft run one after the other
-in each repetition on the same requests; a speed-up is the median of the repetitions' ratios of decoding time. The
-tokens must be equal. `--always` adds ways that guess in every step, whether it pays or not. One JSON line.
+"varied": draws at temperature 1.2, where hardly any guess is right. Each way has an engine and pages of its own on one
+runner, and all of them make the same tokens at the same time, a step each in turn, so that what else the machine does
+meets all alike. A step that was held up counts as four plain ones. A speed-up is the median of the repetitions' ratios
+of decoding time, without the steps that read a prompt; "plain_again" is the same as plain and says what noise is left.
+The tokens must be equal. `--always` adds ways that guess in every step, whether it pays or not. One JSON line.
 """
 
 from __future__ import annotations
@@ -15,15 +17,21 @@ import dataclasses
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 import fettle
 from fettle import Request, RunnerOptions, Sampling, SchedulerOptions
 from fettle.engine.engine import Engine
 from fettle.engine.payoff import Payoff
+from fettle.engine.runner import NO_PAGE, Batch, Runner
 from fettle.engine.runners import LOOKUP, open_drafter, open_engine
 from fettle.engine.sequence import Sequence
+from fettle.engine.speculative import Drafter
 
 CODE = "def area(width, height):\n    return width * height\n\n"
 PROMPTS = {
@@ -36,17 +44,29 @@ PROMPTS = {
 }
 
 
+PART_TOKENS = 1024  # of the cache, for each way
+HELD_UP = 4  # plain steps that a step counts as at most
+ALONE = SchedulerOptions(max_sequences=1, reuse_prefixes=False)
+
+
+class Part:
+    """A runner's pages from number · pages / parts on, as if there were no others."""
+
+    def __init__(self, runner: Runner, number: int, parts: int) -> None:
+        self._runner = runner
+        self.shape = dataclasses.replace(runner.shape, pages=runner.shape.pages // parts)
+        self._first = number * self.shape.pages
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        table = np.where(batch.page_table == NO_PAGE, NO_PAGE, batch.page_table + self._first).astype(np.int32)
+        return self._runner.run(dataclasses.replace(batch, page_table=table, copies=batch.copies + self._first))
+
+
 class Always(Payoff):
     """Guesses in every step."""
 
-    def wanted(self, sequence: Sequence) -> int:
+    def wanted(self, sequence: Sequence, drafter: Drafter) -> int:
         return self.most
-
-
-def decode(engine: Engine, requests: list[Request]) -> tuple[float, list[tuple[int, ...]]]:
-    """(decoding seconds, tokens), one request after the other."""
-    made = [engine.generate([request])[0] for request in requests]
-    return sum(completion.decode_seconds for completion in made), [completion.tokens for completion in made]
 
 
 def main() -> None:
@@ -65,54 +85,84 @@ def main() -> None:
         recipe = Path(folder) / "two-bits.yaml"
         recipe.write_text(json.dumps(two_bits))
         fettle.compress(asked.model, draft, recipe, evaluate=False)
-        options = RunnerOptions(cache_tokens=1024)
-        target = open_engine(asked.model, engine=asked.engine, runner=options)
-        runner, vocabulary = target.runner, target.vocabulary
-        # The engines take turns on one runner: what one of them left in a page, another has overwritten.
-        alone = SchedulerOptions(max_sequences=1, reuse_prefixes=False)
-        drafters = {
-            name: open_drafter(what, runner, asked.engine, options)
-            for name, what in (("lookup", LOOKUP), ("draft", draft))
-        }
+        names = ["plain", "plain_again", "lookup", "draft", *(["lookup_always", "draft_always"] * asked.always)]
+        target = open_engine(
+            asked.model, engine=asked.engine, runner=RunnerOptions(cache_tokens=PART_TOKENS * len(names))
+        )
+        # Whoever comes to a text first knows nothing: engines are made anew for each.
         for text, prompts in PROMPTS.items():
             sampling = Sampling() if text == "repetitive" else Sampling(temperature=1.2, seed=7)
             requests = [
                 Request(prompt=target.encode(prompt), max_tokens=asked.tokens, sampling=sampling, ignore_end=True)
                 for prompt in prompts
             ]
-            ways: dict[str, Engine] = {"plain": Engine(runner, vocabulary, alone)}
-            for name, drafter in drafters.items():
-                for kind, payoff in (("", Payoff(asked.guesses)), ("_always", Always(asked.guesses))):
-                    if kind and not asked.always:
-                        continue
-                    ways[name + kind] = Engine(runner, vocabulary, alone, drafter=drafter, payoff=payoff)
+            ways = {}
+            for number, name in enumerate(names):
+                part = Part(target.runner, number, len(names))
+                kind, _, always = name.partition("_")
+                drafter = payoff = None
+                if kind != "plain":
+                    what = LOOKUP if kind == "lookup" else draft
+                    drafter = open_drafter(what, part, asked.engine, RunnerOptions())
+                    payoff = Always(asked.guesses) if always else Payoff(asked.guesses)
+                ways[name] = Engine(part, target.vocabulary, ALONE, drafter=drafter, payoff=payoff)
             found[text] = compare(ways, requests, asked.repetitions)
     print(json.dumps(found))
 
 
+def race(ways: dict[str, Engine], request: Request) -> tuple[dict[str, list[float]], dict[str, tuple[int, ...]]]:
+    """Seconds of each decoding step, and the tokens, of all ways side by side."""
+    steps: dict[str, list[float]] = {name: [] for name in ways}
+    tokens: dict[str, tuple[int, ...]] = {}
+    for engine in ways.values():
+        engine.add(request)
+    names = list(ways)
+    while len(tokens) < len(ways):
+        names = [*names[1:], names[0]]
+        for name in names:
+            engine = ways[name]
+            if not engine.busy:
+                continue
+            began, reads = time.perf_counter(), not steps[name] and engine.scheduler.waiting
+            updates = engine.step()
+            if not reads:
+                steps[name].append(time.perf_counter() - began)
+            for update in updates:
+                if update.completion is not None:
+                    tokens[name] = update.completion.tokens
+    return steps, tokens
+
+
 def compare(ways: dict[str, Engine], requests: list[Request], repetitions: int) -> dict[str, Any]:
     """Speed-up over plain, acceptance and whether the tokens are the same, by way of guessing."""
-    decode(ways["plain"], [dataclasses.replace(request, max_tokens=4) for request in requests])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    tokens: dict[str, list[tuple[int, ...]]] = {}
-    for _ in range(repetitions):
-        for name, engine in ways.items():
-            took, tokens[name] = decode(engine, requests)
-            seconds[name].append(took)
-    result: dict[str, Any] = {
-        "plain_tokens_per_second": sum(map(len, tokens["plain"])) / statistics.median(seconds["plain"])
-    }
-    for name, engine in ways.items():
+    for engine in ways.values():  # the first steps of a process are slow
         if engine.payoff is None:
+            engine.generate([dataclasses.replace(requests[0], max_tokens=16)])
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    rates, same = [], True
+    for _ in range(repetitions):
+        seconds = dict.fromkeys(ways, 0.0)
+        for request in requests:
+            steps, tokens = race(ways, request)
+            longest = HELD_UP * statistics.median(steps["plain"])
+            for name, each in steps.items():
+                seconds[name] += sum(min(took, longest) for took in each)
+            same = same and len(set(tokens.values())) == 1
+        rates.append(len(requests) * (requests[0].max_tokens - 1) / seconds["plain"])
+        for name in ways:
+            ratios[name].append(seconds["plain"] / seconds[name])
+    result: dict[str, Any] = {"plain_tokens_per_second": statistics.median(rates), "same_tokens": same}
+    for name, engine in ways.items():
+        if name == "plain":
             continue
-        ratios = [plain / took for plain, took in zip(seconds["plain"], seconds[name], strict=True)]
         result[name] = {
-            "speed_up": statistics.median(ratios),
-            "spread": [min(ratios), max(ratios)],
-            "guessed": engine.payoff.guessed,
-            "acceptance": engine.payoff.accepted / max(1, engine.payoff.guessed),
-            "same_tokens": tokens[name] == tokens["plain"],
+            "speed_up": statistics.median(ratios[name]),
+            "spread": [min(ratios[name]), max(ratios[name])],
+            "speed_up_first": ratios[name][0],
         }
+        if engine.payoff is not None:
+            accepted, guessed = engine.payoff.accepted, engine.payoff.guessed
+            result[name] |= {"guessed": guessed, "acceptance": accepted / max(1, guessed)}
     return result
 
 

@@ -33,8 +33,9 @@ std::shared_ptr<Matrix> random_dense(int rows, int columns, ThreadPool& pool) {
   return std::make_shared<Matrix>(Dense(values.data(), Number::float32, rows, columns, pool));
 }
 
-std::vector<float> random_levels(int bits) {
-  const int count = bits == 1 ? 2 : between((1 << (bits - 1)) + 1, 1 << bits);
+// `all`: every code of so many bits stands for one.
+std::vector<float> random_levels(int bits, bool all = false) {
+  const int count = bits == 1 || all ? 1 << bits : between((1 << (bits - 1)) + 1, 1 << bits);
   std::vector<float> levels(static_cast<size_t>(count));
   const bool equal = bits > 4 || between(0, 1) == 0;
   float level = -static_cast<float>(count / 2);
@@ -51,8 +52,8 @@ std::shared_ptr<Matrix> random_coded(int rows, int columns, ThreadPool& pool) {
   stored.columns = columns;
   stored.bits = between(1, 8);
   stored.group = between(0, 3) == 0 ? columns : between(1, columns + 5);
-  stored.levels = random_levels(stored.bits);
   stored.stream_bits = between(0, 1) == 0 ? 8 : stored.bits;
+  stored.levels = random_levels(stored.bits, stored.stream_bits < 8);  // packed codes are random bytes
   stored.stream_bytes = (static_cast<size_t>(columns) * stored.stream_bits + 7) / 8;
   std::vector<uint8_t> streams(static_cast<size_t>(rows) * stored.stream_bytes);
   const int top = static_cast<int>(stored.levels.size()) - 1;
@@ -210,7 +211,8 @@ bool one_decoder(const std::shared_ptr<ThreadPool>& pool, const Kernels& best) {
   shape.head_size = arch.head_size;
   const Number types[] = {Number::float32, Number::float16, Number::int8};
   shape.type = types[between(0, 2)];
-  const int tokens = between(1, std::min(40, shape.page_size * shape.pages));
+  const int longest = between(0, 2) == 0 ? 200 : 40;  // several spans of pages now and then
+  const int tokens = between(1, std::min(longest, shape.page_size * shape.pages));
   const int page_columns = (tokens + shape.page_size - 1) / shape.page_size;
   std::vector<int32_t> ids, positions, pages, rows;
   for (int t = 0; t < tokens; ++t) {

@@ -14,6 +14,7 @@ from fettle.engine.sequence import Request, Sequence
 from fettle.engine.speculative import PromptLookup
 from fettle.errors import ResourceError, UsageError
 
+from .guessing import Always
 from .recall import VOCAB, Recall
 
 
@@ -106,6 +107,7 @@ def small_engine(*, guess: bool) -> Engine:
         Recall(pages=22, page_size=4, context=60),
         options=SchedulerOptions(max_sequences=6, max_step_tokens=24),
         drafter=PromptLookup(longest=2, shortest=1) if guess else None,
+        payoff=Always(4) if guess else None,
     )
 
 

@@ -15,7 +15,7 @@ from fettle.engine.engine import Engine
 from fettle.engine.payoff import Payoff
 from fettle.engine.scheduler import SchedulerOptions
 from fettle.engine.sequence import Request, Sequence
-from fettle.engine.speculative import PromptLookup
+from fettle.engine.speculative import Drafter, PromptLookup
 from fettle.engine.torch_runner import TorchRunner
 from fettle.errors import UsageError
 from fettle.models.loading import load
@@ -27,7 +27,7 @@ NEW = 14
 
 
 class Always(Payoff):
-    def wanted(self, sequence: Sequence) -> int:
+    def wanted(self, sequence: Sequence, drafter: Drafter) -> int:
         return self.most
 
 

@@ -195,6 +195,7 @@ class Engine:
         for work in plan.work:
             self._begin(work.sequence, began)
         guesses = [[] for _ in plan.work] if self._drafter is None else self._drafter.propose(plan.work)
+        drafted = self._clock()
         logits = self.runner.run(pack(_pieces(plan, guesses), plan.copies))
         if not np.isfinite(logits).all():
             known = max(len(work.sequence.tokens) for work in plan.work)
@@ -202,7 +203,7 @@ class Engine:
                 self.cancel(number)
             raise NonFiniteError(f"the model's logits are not finite after {known} tokens: it is damaged")
         if self.payoff is not None and all(work.draws and work.count == 1 for work in plan.work):
-            self.payoff.observe(self._clock() - began, sum(map(len, guesses)))
+            self.payoff.observe(drafted - began, self._clock() - drafted, sum(map(len, guesses)))
         updates = []
         start = 0
         for work, guess in zip(plan.work, guesses, strict=True):
@@ -258,7 +259,9 @@ class Engine:
             self.cancel(number)
 
     def _lookahead(self, sequence: Sequence) -> int:
-        return 0 if self.payoff is None else self.payoff.wanted(sequence)
+        if self.payoff is None or self._drafter is None:
+            return 0
+        return self.payoff.wanted(sequence, self._drafter)
 
     def _begin(self, sequence: Sequence, now: float) -> None:
         running = self._running[sequence.number]

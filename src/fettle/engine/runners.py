@@ -21,7 +21,7 @@ from fettle.engine.payoff import Payoff
 from fettle.engine.prompts import Vocabulary
 from fettle.engine.runner import Runner
 from fettle.engine.scheduler import SchedulerOptions
-from fettle.engine.speculative import Drafter, DraftModel, PromptLookup
+from fettle.engine.speculative import Drafter, DraftModel, PromptLookup, scratch_pages
 from fettle.engine.torch_runner import TorchRunner
 from fettle.errors import UsageError, unknown_word
 from fettle.kernels.native import missing, plane
@@ -170,13 +170,13 @@ def open_engine(
 
 
 def open_drafter(draft: str | Path, target: Runner, engine: str, options: RunnerOptions) -> Drafter:
-    """What guesses for `target`: "lookup" or a draft model with a cache of the same pages."""
+    """What guesses for `target`: "lookup" or a draft model with a cache of the same pages, and some to rehearse in."""
     if draft == LOOKUP:
         return PromptLookup()
     shape = target.shape
     alike = RunnerOptions(
         page_size=shape.page_size,
-        cache_tokens=shape.pages * shape.page_size,
+        cache_tokens=(shape.pages + scratch_pages(shape.page_size)) * shape.page_size,
         threads=options.threads,
         device=options.device,
         generic=options.generic,

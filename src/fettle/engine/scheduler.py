@@ -7,7 +7,7 @@ sequence leaves at once and the next one takes its place, nobody waits for a bat
 2. what is left of the step's tokens goes to prompts that are under way, in chunks, so that a long prompt never stops
    the others (Agrawal et al. 2023, SARATHI; https://arxiv.org/abs/2308.16369);
 3. then new prompts are let in, as long as their pages are free, beginning behind the longest prefix that the cache has;
-4. what is still left may check drafted tokens.
+4. in a step that reads no prompt, what is left may check drafted tokens (one that does has its arithmetic to do).
 
 Where the pages do not suffice, the youngest sequence gives up its own and is computed again later; the oldest one
 never does, so it always finishes, then the next: nobody starves. Recomputing is cheaper than it looks, as sealed
@@ -179,8 +179,8 @@ class Scheduler:
                 planned[sequence.number] = Work(sequence, count)
 
     def _plan_drafts(self, planned: dict[int, Work], lookahead: Lookahead) -> None:
-        for work in planned.values():
-            if work.draws and work.count == 1:
+        if all(work.draws and work.count == 1 for work in planned.values()):
+            for work in planned.values():
                 work.room = self._room_for_drafts(work.sequence, min(lookahead(work.sequence), self._left(planned)))
 
     def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:

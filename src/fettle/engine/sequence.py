@@ -152,6 +152,19 @@ class Sequence:
             banned=self.ends if early else (),
         )
 
+    def draw_at(self, place: int) -> Draw:
+        """What decided the made token at this place, when it was drawn."""
+        request, penalized = self.request, self.request.sampling.penalizes
+        before = self.tokens[len(request.prompt) : place]
+        return Draw(
+            sampling=request.sampling,
+            position=place,
+            prompt=request.prompt if penalized else (),
+            made=before if penalized else (),
+            bias=request.logit_bias,
+            banned=self.ends if len(before) < request.min_tokens else (),
+        )
+
     def append(self, token: int) -> Stopped | None:
         """Takes a drawn token; returns why this ends the sequence, if it does. An end is not part of the tokens."""
         if token in self.ends:
