@@ -75,7 +75,7 @@ def test_resize_tries_depths_heads_and_widths_within_the_time(subject):
 
 
 def test_what_cannot_be_is_refused(subject):
-    with pytest.raises(RecipeError, match="a share of the original"):
+    with pytest.raises(RecipeError, match="no share of the original"):
         Narrow(latency="half").validate()
     with pytest.raises(RecipeError, match="latency chooses the shares"):
         Narrow(latency="0.5x", heads=0.5).validate()
