@@ -3,6 +3,8 @@
 A method declares by name the statistics that it wants on its linear's inputs; the walk collects them. The rest of it is
 a pure function on tensors.
 
+    Described      name, title, source and fields: what recipes, flags and the report say of a method
+    StepMethod     … and what it looks at
     MatrixMethod   weight [out, in], statistics → codes
     InputObserver  statistics → the stored scale of the inputs
     TensorScaled   which linears share one tensor scale
@@ -26,16 +28,15 @@ from fettle.tensors.weights import CompressedWeight, WeightScheme
 Codes = TypeVar("Codes", bound=CompressedWeight)
 
 
-class MatrixMethod(Protocol):
-    """Compresses one weight at a time. Implementations are frozen, keyword-only dataclasses.
+class Described(Protocol):
+    """What every method says of itself. Implementations are frozen, keyword-only dataclasses.
 
     Attributes:
         name: recipe key and flag value.
         title: a few words for people.
         source: the paper.
-        statistics: names from `methods.statistics.STATISTICS` that `compress` may use; `needs` says which it wants.
-        objective: what it minimises: "weight_error" (‖W - V‖²) or "output_error" (tr(ΔGΔᵀ), Δ = W - V), or
-            "first_order" (Σ |w·g| over what is pruned).
+        statistics: what it may look at; which words there are is said by each kind of method.
+        objective: what the choice is judged by.
         __dataclass_fields__: the recipe keys, as `dataclasses.fields` lists them.
     """
 
@@ -46,13 +47,27 @@ class MatrixMethod(Protocol):
     objective: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def needs(self) -> tuple[str, ...]:
-        """The statistics that this instance wants: what the class declares, less what a field turns off."""
-        ...
-
     def validate(self) -> None:
         """Checks what the fields' own types and bounds cannot say; RecipeError where they do not fit together."""
         ...
+
+
+class StepMethod(Described, Protocol):
+    """A method that is a step of a recipe by itself and may look at less than its class declares."""
+
+    def needs(self) -> tuple[str, ...]:
+        """What this instance looks at: what the class declares, less what a field turns off; () for weights alone."""
+        ...
+
+
+class MatrixMethod(StepMethod, Protocol):
+    """Compresses one weight at a time.
+
+    Attributes:
+        statistics: names from `methods.statistics.STATISTICS` that `compress` may use.
+        objective: what it minimises: "weight_error" (‖W - V‖²) or "output_error" (tr(ΔGΔᵀ), Δ = W - V), or
+            "first_order" (Σ |w·g| over what is pruned).
+    """
 
     def scheme(self, dtype: str) -> WeightScheme:
         """How the result is stored; `dtype` is the model's own ("bfloat16"), for fields left to "auto"."""
@@ -195,25 +210,14 @@ class RescalingMethod(Protocol):
         ...
 
 
-class BasisMethod(Protocol):
-    """Puts the whole model into other coordinates before any matrix is compressed; its function stays. Frozen, as a
-    MatrixMethod is, with the same attributes.
+class BasisMethod(Described, Protocol):
+    """Puts the whole model into other coordinates before any matrix is compressed; its function stays.
 
     Attributes:
         switch: the flag that asks for it beside other methods, without its dashes.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    source: ClassVar[str]
-    statistics: ClassVar[tuple[str, ...]]
-    objective: ClassVar[str]
     switch: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def validate(self) -> None:
-        """As a MatrixMethod's."""
-        ...
 
     def residual_map(self, width: int, *, centred: bool) -> Orthogonal | None:
         """R for a residual stream of this width, which leaves the ones where they are if `centred`; None: it stays."""

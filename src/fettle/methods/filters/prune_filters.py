@@ -27,35 +27,12 @@ from fettle.methods.filters.healing import FineTuning, Heal, fine_tune_, logits_
 from fettle.methods.filters.pruning import Round, prune_in_place
 from fettle.methods.filters.scores import LOOKS_AT_IMAGES, ImageBatch, ScoreName
 from fettle.methods.filters.selection import Scope, Shares
+from fettle.methods.protocols import StepMethod
 from fettle.methods.prune.schedule import ScheduleName, sparsities
 
 
-class NetworkMethod(Protocol):
-    """Prunes a convolution network. Implementations are frozen, keyword-only dataclasses.
-
-    Attributes:
-        name: recipe key and flag value.
-        title: a few words for people.
-        source: the paper.
-        statistics: what it may look at.
-        objective: what the choice is judged by.
-        __dataclass_fields__: the recipe keys.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    source: ClassVar[str]
-    statistics: ClassVar[tuple[str, ...]]
-    objective: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def needs(self) -> tuple[str, ...]:
-        """What this instance looks at."""
-        ...
-
-    def validate(self) -> None:
-        """Checks what the fields' own types and bounds cannot say."""
-        ...
+class NetworkMethod(StepMethod, Protocol):
+    """Prunes a convolution network; `statistics` is ("images",) where images run through it."""
 
     def label(self) -> str:
         """What one step with these fields is called in the name of a recipe."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fettle.errors import NonFiniteError, RecipeError
+from fettle.methods.protocols import StepMethod
 from fettle.models.anatomy import Anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.families import FAMILIES, Family
@@ -116,32 +117,8 @@ class Reshaped:
     decided: Mapping[str, Any] = field(default_factory=dict)
 
 
-class ModelMethod(Protocol):
-    """Gives a model another shape. Implementations are frozen, keyword-only dataclasses.
-
-    Attributes:
-        name: recipe key and flag value.
-        title: a few words for people.
-        source: the paper.
-        statistics: what it may look at; ("text",) where windows of text run through the model.
-        objective: what the choice is judged by.
-        __dataclass_fields__: the recipe keys.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    source: ClassVar[str]
-    statistics: ClassVar[tuple[str, ...]]
-    objective: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def needs(self) -> tuple[str, ...]:
-        """What this instance looks at: () where the weights are enough."""
-        ...
-
-    def validate(self) -> None:
-        """Checks what the fields' own types and bounds cannot say; RecipeError where they do not fit together."""
-        ...
+class ModelMethod(StepMethod, Protocol):
+    """Gives a model another shape; `statistics` is ("text",) where windows of text run through the model."""
 
     def label(self) -> str:
         """What one step with these fields is called in the name of a recipe: "drop-2"."""
