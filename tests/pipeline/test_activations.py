@@ -152,7 +152,10 @@ def test_generation_runs(tiny_llama: Path, text_file: Path, tmp_path: Path) -> N
         ({"activation_outliers": 0.01}, "activations is none"),
         ({"activations": "dynamic", "activation_outliers": 0.01}, "beyond a stored range"),
         ({"activations": "static", "activation_outliers": 0.01, "observer": "minmax"}, "leave one of the two out"),
-        ({"activations": "dynamic", "activation_granularity": "channel"}, "allowed: token, tensor, group, tensor_group, none"),
+        (
+            {"activations": "dynamic", "activation_granularity": "channel"},
+            "allowed: token, tensor, group, tensor_group, none",
+        ),
         ({"activations": "weekly"}, "allowed: none, dynamic, static"),
     ],
 )
