@@ -68,21 +68,22 @@ def write(args: argparse.Namespace, case: str, fields: dict[str, Any], folder: P
     from fettle.methods.prune import Magnitude
     from fettle.methods.quantize.gptq import Gptq
 
-    out = folder / "out"
+    out, tuned = folder / "out", {**fields, "tune_steps": args.tune_steps}
     if case == "joint":
-        compress(args, args.model, out, SparseGpt(**fields, **CODES))
+        compress(args, args.model, out, SparseGpt(**tuned, **CODES))
     elif case == "one sweep":
-        compress(args, args.model, out, SparseGpt(**fields, **CODES, heal="none", rounds=1))
+        compress(args, args.model, out, SparseGpt(**fields, **CODES, heal="none", rounds=1, tune_steps=0))
     elif case == "codes first":
         compress(args, args.model, folder / "coded", Gptq(**CODES))
         loaded = load(folder / "coded", dense=True)
         loaded.model.save_pretrained(folder / "dense")
         loaded.tokenizer.save_pretrained(folder / "dense")
-        compress(args, folder / "dense", out, SparseGpt(**fields, **CODES))
+        compress(args, folder / "dense", out, SparseGpt(**tuned, **CODES))
     else:
-        compress(args, args.model, folder / "pruned", SparseGpt(**fields), "dense")
-        second = Magnitude if case == "mask, nearest" else InTheMask
-        compress(args, folder / "pruned", out, second(**fields, **CODES))
+        compress(args, args.model, folder / "pruned", SparseGpt(**tuned), "dense")
+        nearest = case == "mask, nearest"
+        second = Magnitude(**fields, **CODES) if nearest else InTheMask(**fields, **CODES, tune_steps=0)
+        compress(args, folder / "pruned", out, second)
     return out
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tune-steps", type=int, default=0, help="of SparseGPT; the run that codes is not tuned")
     parser.add_argument("--patterns", nargs="+", default=["2:4", "layer"])
     cases = ("joint", "one sweep", "mask first", "mask, nearest", "codes first")
     parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), metavar="CASE")

@@ -7,7 +7,6 @@ It generates for itself, so a decoded token's time is that of 17 tokens less tha
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,19 @@ from typing import Any
 import ctranslate2
 import numpy as np
 from ctranslate2.specs import common_spec, transformer_spec
-from turns import DECODED, HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, MLP, PROMPT, TOGETHER, VOCABULARY, take_turns
+from turns import (
+    DECODED,
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MLP,
+    PROMPT,
+    TOGETHER,
+    VOCABULARY,
+    peer_options,
+    take_turns,
+)
 
 
 def random_linear(spec: Any, rows: int, columns: int, random: np.random.Generator) -> None:
@@ -50,12 +61,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=("int8",))
-    parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, required=True)
-    options = parser.parse_args()
+    options = peer_options(__doc__, ("int8",))
     folder = options.folder / f"ct2-{options.blocks}"
     if not (folder / "model.bin").exists():
         write(folder, options.blocks)

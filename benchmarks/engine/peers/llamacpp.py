@@ -8,7 +8,6 @@ own quantization has it; Q4_K_M has Q6_K in half of its value and down matrices.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,19 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from turns import DECODED, HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, MLP, PROMPT, TOGETHER, VOCABULARY, take_turns
+from turns import (
+    DECODED,
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MLP,
+    PROMPT,
+    TOGETHER,
+    VOCABULARY,
+    peer_options,
+    take_turns,
+)
 
 #: type → where its blocks have 16-bit scales
 SCALES = {"Q4_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "IQ3_S": (0,), "TQ2_0": (64,)}
@@ -72,12 +83,7 @@ def write(path: Path, kind: str, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=FILES)
-    parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, required=True)
-    options = parser.parse_args()
+    options = peer_options(__doc__, FILES)
     path = options.folder / f"{options.format}-{options.blocks}.gguf"
     if not path.exists():
         write(path.with_suffix(".part"), options.format, options.blocks)

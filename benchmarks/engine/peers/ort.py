@@ -9,7 +9,6 @@ as bytes (accuracy level 4), `GroupQueryAttention` with rotary positions and a s
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -19,7 +18,19 @@ import numpy as np
 import onnx
 import onnxruntime_genai as genai
 from onnx import TensorProto, helper, numpy_helper
-from turns import DECODED, HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, MLP, PROMPT, TOGETHER, VOCABULARY, take_turns
+from turns import (
+    DECODED,
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MLP,
+    PROMPT,
+    TOGETHER,
+    VOCABULARY,
+    peer_options,
+    take_turns,
+)
 
 FORMATS = {"int4-32": 32, "int4-128": 128}
 CONTEXT = 1024
@@ -132,12 +143,7 @@ def write_config(folder: Path, count: int, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, required=True)
-    options = parser.parse_args()
+    options = peer_options(__doc__, FORMATS)
     folder = options.folder / f"ort-{options.format}-{options.blocks}-{options.threads}"
     if not (folder / "genai_config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

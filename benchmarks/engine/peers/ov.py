@@ -10,7 +10,6 @@ as the converters of its makers have it.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,19 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
-from turns import DECODED, HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, MLP, PROMPT, TOGETHER, VOCABULARY, take_turns
+from turns import (
+    DECODED,
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MLP,
+    PROMPT,
+    TOGETHER,
+    VOCABULARY,
+    peer_options,
+    take_turns,
+)
 
 KEPT: list[np.ndarray] = []  # constants of four bits share the memory of an array and do not hold it
 FORMATS = {"int4-128": 128, "int4-32": 32}
@@ -126,12 +137,7 @@ def write(path: Path, count: int, group: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, required=True)
-    options = parser.parse_args()
+    options = peer_options(__doc__, FORMATS)
     path = options.folder / f"openvino-{options.format}-{options.blocks}.xml"
     if not path.exists():
         write(path, options.blocks, FORMATS[options.format])
