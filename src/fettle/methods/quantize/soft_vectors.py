@@ -5,7 +5,7 @@
 As in `soft_codes.py`: the gradient is passed straight through the rounding, both move by Adam's step, and values are
 always those of the file. What differs is the cell of an entry, which has eight dimensions. A latent less than the
 lattice's packing radius from its entry (√2/2 for E8, less by the ratio of a second stage) has no nearer one, so only
-the others are looked up, and those only every fourth step: a search costs more than the rest of a step. A latent that
+the others are looked up, and those only every fourth step, as they move little in one. A latent that
 has left the table altogether, further from its entry than any point of E8 can be, stays where it is.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fettle.methods.quantize.soft_codes import Adam
-from fettle.methods.quantize.vector_search import EntrySearch
+from fettle.methods.quantize.lattice_search import nearest_entries
 from fettle.methods.quantize.vector_sweep import StoredScales, as_tensor, filled_up
 from fettle.tensors.codebook import DIMENSION
-from fettle.tensors.vectors import VectorTensor, scaled, units_of
+from fettle.tensors.vectors import VectorScheme, VectorTensor, scaled, units_of
 
 PACKING_RADIUS = 0.5**0.5  # of E8: nearer to an entry than this, no other is as near
 COVERING_RADIUS = 1.0  # of E8: every point is as near as this to some entry of the whole lattice
@@ -43,11 +43,7 @@ class SoftVectors:
         self._codes = start.codes.clone()
         self._units = units_of(start.codes, start.scheme)
         self._finest = min(start.scheme.ratios)
-        self._search = EntrySearch(torch.eye(DIMENSION), start.scheme)
-        offset = filled_up(weight) / scaled(torch.ones_like(self._units), self._base, self.scheme) - self._units
-        length = _lengths(offset)
-        reach = START * PACKING_RADIUS * self._finest
-        self.latent = self._units + _by_eights(offset, reach / length.clamp(min=reach))
+        self.latent = leaning_units(self._units, weight, self._base, self.scheme)
         self._latent_adam, self._scale_adam = Adam(self.latent.shape), Adam(self._base.shape)
         self._steps = 0
 
@@ -71,16 +67,16 @@ class SoftVectors:
             self.log_scale -= scale_rate * self._scale_adam.direction_(pull)
         if latent_rate <= 0:
             return
-        inside = _lengths(self.latent - self._units) <= COVERING_RADIUS * self._finest
-        self.latent -= latent_rate * self._finest * self._latent_adam.direction_(_by_eights(slope, inside.float()))
+        inside = lengths(self.latent - self._units) <= COVERING_RADIUS * self._finest
+        self.latent -= latent_rate * self._finest * self._latent_adam.direction_(by_eights(slope, inside.float()))
         self._steps += 1
         if self._steps % SEARCH_EVERY == 0:
             self._look_up_()
 
     def _look_up_(self) -> None:
         """The nearest entries of all latents that may have left their cell."""
-        rows, eights = (_lengths(self.latent - self._units) > PACKING_RADIUS * self._finest).nonzero(as_tuple=True)
-        codes, units = self._search.nearest(_eights(self.latent)[rows, eights])
+        rows, eights = (lengths(self.latent - self._units) > PACKING_RADIUS * self._finest).nonzero(as_tuple=True)
+        codes, units = nearest_entries(_eights(self.latent)[rows, eights], self.scheme)
         self._codes[rows, eights] = codes
         _eights(self._units)[rows, eights] = units
 
@@ -91,16 +87,30 @@ class SoftVectors:
         return pad(values, (0, short)).view(len(values), -1, width).sum(-1)
 
 
+def leaning_units(units: Tensor, weight: Tensor, scale: Tensor, scheme: VectorScheme) -> Tensor:
+    """Places of eights, [out, columns] in units of the scale, that lean from their entries to where weight [out, in] is.
+
+    Args:
+        units: float32 [out, columns], the entries.
+        weight: [out, in], what the codes were made from.
+        scale: float32 [out, groups], as it multiplies.
+        scheme: of the codes.
+    """
+    offset = filled_up(weight) / scaled(torch.ones_like(units), scale, scheme) - units
+    reach = START * PACKING_RADIUS * min(scheme.ratios)
+    return units + by_eights(offset, reach / lengths(offset).clamp(min=reach))
+
+
 def _eights(values: Tensor) -> Tensor:
     """A view [out, eights, 8] of [out, columns]."""
     return values.view(len(values), -1, DIMENSION)
 
 
-def _lengths(values: Tensor) -> Tensor:
+def lengths(values: Tensor) -> Tensor:
     """Of each eight: [out, columns] → [out, eights]."""
     return _eights(values).square().sum(-1).sqrt_()
 
 
-def _by_eights(values: Tensor, factors: Tensor) -> Tensor:
+def by_eights(values: Tensor, factors: Tensor) -> Tensor:
     """Values [out, columns] times the factor of their eight [out, eights]."""
     return (_eights(values) * factors.unsqueeze(-1)).flatten(1)

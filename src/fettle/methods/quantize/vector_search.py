@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fettle.tensors.codebook import Codebook
 from fettle.tensors.vectors import VectorScheme
 
-TILE = 32  # targets at once: their scores stay in the second-level cache
+SCORES = 2**20  # at once: they stay in the caches
 PIECE = 128  # scores of which the largest is taken without its place
 ROUNDS = 2  # of both stages, where there are two
 
@@ -51,6 +52,11 @@ class EntrySearch:
         return (errors @ self._metric).square_().sum(-1)
 
 
+def nearest_of_all(targets: Tensor, book: Codebook) -> Tensor:
+    """Codes int32 [n] of the entries nearest to targets [n, 8] in the plain sense."""
+    return _Turned(book.half).nearest(targets)
+
+
 class _Turned:
     """Entries in the metric, with half their squared lengths."""
 
@@ -63,9 +69,10 @@ class _Turned:
         count = len(self._lengths)
         piece = min(PIECE, count)
         codes = torch.empty(len(targets), dtype=torch.int32)
-        scores = torch.empty(TILE, count)
-        for start in range(0, len(targets), TILE):
-            some = targets[start : start + TILE]
+        tile = SCORES // count
+        scores = torch.empty(tile, count)
+        for start in range(0, len(targets), tile):
+            some = targets[start : start + tile]
             found = torch.mm(some, self._across, out=scores[: len(some)])
             found.abs_().sub_(self._lengths)
             pieces = found.view(len(some), -1, piece)
@@ -73,5 +80,5 @@ class _Turned:
             rows = torch.arange(len(some))
             place = best * piece + pieces[rows, best].argmax(1)
             negative = (some * self._across.T[place]).sum(1) < 0
-            codes[start : start + TILE] = (place + count * negative).int()
+            codes[start : start + tile] = (place + count * negative).int()
         return codes

@@ -23,7 +23,8 @@ Cost: one rounding of every weight a step; memory the weight twice.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from abc import abstractmethod
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ from fettle.tensors.activations import InputQuantizer
 from fettle.tensors.quantized import QuantizedTensor, dequantize_rows, expand_groups, quantize_rows
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.weights import CompressedWeight
 
+Code_co = TypeVar("Code_co", bound=CompressedWeight, covariant=True)
 ScaleRule = Literal["learned", "mean"]
 LEAN = 0.49  # of the gap to the next level: how far from the start's level a weight may begin
 
@@ -83,32 +86,58 @@ def _shared_sums(values: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Tens
     return pad(values, (0, shape[1] * width - values.shape[1])).reshape(*shape, width).sum(-1)
 
 
-class FakeQuantizedLinear(nn.Module):
+class FakeLinear(nn.Module, Generic[Code_co]):
     """Takes the place of an `nn.Linear`; computes what the exported codes will.
 
     Attributes:
         weight: float32 [out, in], the latent weights, which learn.
-        log_scale: float32 [rows, groups], t, which learns; None with the rule "mean".
+        log_scale: float32 [rows, groups], the logarithm of what each scale is multiplied by; None where none learns.
         bias: of the linear that it replaces; None without.
-        scheme: what the codes mean.
     """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.log_scale: nn.Parameter | None = None
+        self._quantizer: InputQuantizer | None = None
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The weight that is computed with, float32 [out, in], with its straight-through gradients."""
+
+    @property
+    @abstractmethod
+    def level_gap(self) -> float:
+        """How far neighbouring values of a weight are apart, on average."""
+
+    @abstractmethod
+    def quantized(self) -> Code_co:
+        """The codes and scales of `values`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        read = inputs if self._quantizer is None else self._quantizer(inputs)
+        return linear(read, self.values().to(read.dtype), self.bias)
+
+
+class FakeQuantizedLinear(FakeLinear[QuantizedTensor]):
+    """One code for each weight; `scheme` is what the codes mean."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, scheme: Scheme, rule: ScaleRule, start: Shared | None = None
     ) -> None:
         """`start` holds the first scales and the zero points; the rule "mean" needs none."""
-        super().__init__()
+        super().__init__(weight, bias)
         check_scheme(scheme, rule)
         self.scheme, self.rule = scheme, rule
-        self.weight = nn.Parameter(weight.detach().float().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.log_scale: nn.Parameter | None = None
         self._base = self._zero_point = None
         if rule == "learned":
             assert start is not None
             self._base, self._zero_point = start.scale.float(), start.zero_point
             self.log_scale = nn.Parameter(torch.zeros_like(self._base))
-        self._quantizer = None if scheme.activations is None else InputQuantizer(activations=scheme.activations)
+        if scheme.activations is not None:
+            self._quantizer = InputQuantizer(activations=scheme.activations)
 
     @property
     def shared(self) -> Shared:
@@ -117,6 +146,12 @@ class FakeQuantizedLinear(nn.Module):
             return Shared(scale=mean_scale(self.weight.detach(), self.scheme))
         scale = stored_scale(self._base * self.log_scale.detach().exp(), self.scheme)
         return Shared(scale=scale, zero_point=self._zero_point)
+
+    @property
+    def level_gap(self) -> float:
+        """How far neighbouring values of a weight are apart, on average."""
+        levels = self.scheme.grid.levels
+        return float(self.shared.scale.float().mean()) * (levels[-1] - levels[0]) / (len(levels) - 1)
 
     def values(self) -> Tensor:
         """The weight that is computed with, float32 [out, in]; gradients as the module says."""
@@ -127,11 +162,6 @@ class FakeQuantizedLinear(nn.Module):
         """The codes and scales of `values`."""
         shared = self.shared
         return QuantizedTensor.of(quantize_rows(self.weight.detach(), shared, self.scheme), shared, self.scheme)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
-        read = inputs if self._quantizer is None else self._quantizer(inputs)
-        return linear(read, self.values().to(read.dtype), self.bias)
 
 
 def check_scheme(scheme: Scheme, rule: ScaleRule) -> None:

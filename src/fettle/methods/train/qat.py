@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fettle.errors import RecipeError
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.sharing import choose_shared
-from fettle.methods.train.fake_quantization import FakeQuantizedLinear, check_scheme, leaning_start
+from fettle.methods.train.fake_quantization import FakeLinear, FakeQuantizedLinear, check_scheme, leaning_start
+from fettle.methods.train.fake_vectors import FakeVectorLinear
 from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
@@ -36,6 +37,7 @@ from fettle.models.source import resolve
 from fettle.models.storage import StoredScheme, read_quantized, read_weight, stored_schemes
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
+from fettle.tensors.vectors import VectorTensor
 from fettle.tensors.weights import CompressedWeight
 
 
@@ -54,6 +56,10 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
     scale_rate: float = field(
         default=1.0, metadata={"help": "step size of the scales' logarithms, times the learning rate", "minimum": 0.0}
     )
+    rate_in: Literal["weights", "levels"] = field(
+        default="weights",
+        metadata={"help": "what the learning rate counts: weights, or levels of the codes that a weight moves between"},
+    )
     trains: Literal["codes", "blocks"] = field(
         default="blocks", metadata={"help": "codes and scales alone, or norms and biases of the blocks as well"}
     )
@@ -65,6 +71,11 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
         self.check_data(self, self)
         GridFields.validate(self)
         check_scheme(self.scheme("float32"), self.rule)
+        if self.rate_in == "levels" and self.weight_decay > 0:
+            raise RecipeError(
+                f"weight_decay={self.weight_decay} draws weights to zero, and rate_in: levels counts their steps in "
+                "levels; allowed: weight_decay: 0, or rate_in: weights"
+            )
 
     @property
     def rule(self) -> Literal["learned", "mean"]:
@@ -87,7 +98,7 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original)
         inside = {block.name + "." for block in anatomy.blocks}
         swapped = {
-            id(p) for m in loaded.model.modules() if isinstance(m, FakeQuantizedLinear) for p in (m.weight, m.log_scale)
+            id(p) for m in loaded.model.modules() if isinstance(m, FakeLinear) for p in (m.weight, m.log_scale)
         }
         for name, parameter in loaded.model.named_parameters():
             in_block = self.trains == "blocks" and parameter.dim() == 1 and any(name.startswith(x) for x in inside)
@@ -99,8 +110,16 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             codes |= _outside(checkpoint, anatomy, stored)
             write_trained(loaded.model, checkpoint, anatomy, job.output, record, codes=codes, storage=storage)
 
-        rates = {name: self.scale_rate for name, _ in loaded.model.named_parameters() if name.endswith(".log_scale")}
-        return Learner(loaded=loaded, model=loaded.model, write=write, rates=rates)
+        return Learner(loaded=loaded, model=loaded.model, write=write, rates=self._rates(loaded.model))
+
+    def _rates(self, tree: nn.Module) -> dict[str, float]:
+        """Factors of the learning rate, by parameter."""
+        found = {}
+        for name, module in tree.named_modules():
+            if isinstance(module, FakeLinear):
+                found[f"{name}.log_scale"] = self.scale_rate
+                found[f"{name}.weight"] = module.level_gap if self.rate_in == "levels" else 1.0
+        return found
 
     def _refuse_grid_fields(self, model: str) -> None:
         """Raises RecipeError for a scheme beside the one that the codes have."""
@@ -129,19 +148,28 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             scheme: Scheme = self.scheme(_dtype(checkpoint))
             weight = module.weight.detach().float()
             start = choose_shared(weight, scheme, clip="search") if self.rule == "learned" else None
-            made = FakeQuantizedLinear(weight, module.bias, scheme, self.rule, start)
+            made: FakeLinear[Any] = FakeQuantizedLinear(weight, module.bias, scheme, self.rule, start)
         else:
-            found = read_quantized(checkpoint, linear, stored)
-            if not isinstance(found, QuantizedTensor):
-                raise RecipeError(
-                    f"{linear.name} is stored as {found.scheme.describe()}, and qat trains one for each weight; give "
-                    "it the original model, or one compressed with a method such as gptq"
-                )
-            check_scheme(found.scheme, "learned")
-            weight = leaning_start(found, original(linear)).to(module.weight.device)
-            made = FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)
+            made = _going_on(read_quantized(checkpoint, linear, stored), module, linear, original(linear))
         parent, _, leaf = path.rpartition(".")
         setattr(loaded.model.get_submodule(parent), leaf, made)
+
+
+def _going_on(
+    found: CompressedWeight, module: nn.Linear, linear: Linear, original: Tensor | None
+) -> FakeLinear[Any]:
+    """A linear that goes on from codes, whose weights lean to where the original's lie, if that is known."""
+    device = module.weight.device
+    if isinstance(found, VectorTensor):
+        return FakeVectorLinear(found, module.bias, original).to(device)
+    if not isinstance(found, QuantizedTensor):
+        raise RecipeError(
+            f"{linear.name} is stored as {found.scheme.describe()}, and qat trains codes alone; give it the original "
+            "model, or one compressed with a method such as gptq or residual_codebooks"
+        )
+    check_scheme(found.scheme, "learned")
+    weight = leaning_start(found, original).to(device)
+    return FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)
 
 
 def _outside(checkpoint: Checkpoint, anatomy: Anatomy, stored: dict[str, StoredScheme]) -> dict[str, CompressedWeight]:
@@ -171,8 +199,8 @@ def _trainable_linears(loaded: LoadedModel, stored: dict[str, StoredScheme]) -> 
     return wanted
 
 
-def _module(loaded: LoadedModel, linear: Linear) -> FakeQuantizedLinear:
-    return cast(FakeQuantizedLinear, loaded.model.get_submodule(linear.slot.parameter.removesuffix(".weight")))
+def _module(loaded: LoadedModel, linear: Linear) -> FakeLinear[Any]:
+    return cast(FakeLinear[Any], loaded.model.get_submodule(linear.slot.parameter.removesuffix(".weight")))
 
 
 def _original_weights(job: TrainJob) -> Callable[[Linear], Tensor | None]:
