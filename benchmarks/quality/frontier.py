@@ -31,10 +31,13 @@ from typing import Any
 import frontier_page
 import numpy as np
 import torch
+from frontier_mixes import Mix, mixes
 
 import fettle
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import Windows, calibration_windows, read_text
+from fettle.methods.train import Qat
+from fettle.methods.train.training import TrainJob, train
 from fettle.models.source import resolve
 from fettle.pipeline.recipe import Recipe, load_recipe, parse_recipe
 from fettle.search.budget import Budget
@@ -64,11 +67,6 @@ VECTORS: dict[str, dict[str, Any]] = {
     "residual_codebooks float8": {"method": "residual_codebooks", "scale_dtype": "float8_e4m3fn"},
 }
 VECTOR_WIDTHS = (2, 3, 4)
-# the mix that a budget chooses may take as many bits as peers' groups of 32 with half a scale's bits of zero points
-BUDGET_OVER_WIDTH = 0.56
-MIXED_BITS = {2: (2, 3, 4), 3: (2, 3, 4, 5), 4: (3, 4, 5, 6)}
-MIXED_GROUPS = (32, 64, 128)
-MIXED_VECTORS = {2: tuple(f"residual_codebooks bits={bits} scale_dtype=float16" for bits in (2, 3))}
 
 
 @dataclass(frozen=True)
@@ -141,10 +139,8 @@ class Bench:
             for label, fields in (OURS | VECTORS if width in VECTOR_WIDTHS else OURS).items():
                 step = {"scale_dtype": "float16", **fields, "bits": width}
                 yield self._of_recipe(parse_recipe({"name": label, "steps": [step]}, "frontier"), width)
-            if width in MIXED_BITS:
-                yield self._of_budget(width)
-            if width in MIXED_VECTORS:
-                yield self._of_budget(width, MIXED_VECTORS[width])
+            for mix in mixes(width):
+                yield self._of_mix(mix)
         for path in self.args.recipe:
             yield self._of_recipe(load_recipe(path), None)
         for name, python in self.args.peers.items():
@@ -173,33 +169,45 @@ class Bench:
 
         return Contender(recipe.name, True, self._key(recipe=plain), measure)
 
-    def _of_budget(self, width: int, beside: tuple[str, ...] = ()) -> Contender:
-        candidates = (
-            *beside,
-            *(
-                f"learned_rounding bits={bits} group_size={size} asymmetric=true scale_dtype=float16"
-                for bits in MIXED_BITS[width]
-                for size in MIXED_GROUPS
-            ),
-        )
-        budget = Budget(bits_per_weight=width + BUDGET_OVER_WIDTH, candidates=candidates)
-        calibration = {"windows": self.args.windows, "length": self.args.length, "text": self.args.calibration}
-        # of the recipe a budget takes the calibration alone
-        recipe = parse_recipe({"name": "mix", "steps": [{"method": "gptq"}], "calibration": calibration}, "frontier")
+    def _of_mix(self, mix: Mix) -> Contender:
+        what = {"budget": mix.bits_per_weight, "candidates": mix.candidates}
+        key = self._key(**what) if mix.training is None else self._key(**what, training=mix.training)
 
         def measure() -> Row:
+            started = time.monotonic()
+            folder, before = self._mixed(mix, self._key(**what)), 0.0
             with tempfile.TemporaryDirectory() as temporary:
-                output = Path(temporary) / "out"
-                started = time.monotonic()
-                fettle.compress(
-                    self.args.model, output, recipe, budget=budget, evaluate=False, threads=self.args.threads
-                )
-                row = {"seconds": round(time.monotonic() - started, 2), "version": fettle.__version__, "width": width}
-                return row | self.evaluate(output)
+                if mix.training is not None:
+                    before, started = mixing_seconds(folder), time.monotonic()
+                    folder = self._trained(folder, Path(temporary), mix.training)
+                seconds = before + time.monotonic() - started
+                row = {"seconds": round(seconds, 2), "version": fettle.__version__, "width": mix.width}
+                return row | self.evaluate(folder)
 
-        key = self._key(budget=budget.bits_per_weight, candidates=candidates)
-        name = "learned_rounding, mix of a budget" + (" with vector codes" if beside else "")
-        return Contender(name, True, key, measure)
+        return Contender(mix.label, True, key, measure)
+
+    def _mixed(self, mix: Mix, key: str) -> Path:
+        """The folder that the budget gives; made once and kept."""
+        output: Path = self.args.results.parent / "mixes" / key
+        if not (output / "fettle.json").is_file():
+            calibration = {"windows": self.args.windows, "length": self.args.length, "text": self.args.calibration}
+            # of the recipe a budget takes the calibration alone
+            recipe = parse_recipe(
+                {"name": "mix", "steps": [{"method": "gptq"}], "calibration": calibration}, "frontier"
+            )
+            budget = Budget(bits_per_weight=mix.bits_per_weight, candidates=mix.candidates)
+            started = time.monotonic()
+            fettle.compress(self.args.model, output, recipe, budget=budget, evaluate=False, threads=self.args.threads)
+            output.with_suffix(".seconds").write_text(str(time.monotonic() - started), encoding="utf-8")
+        return output
+
+    def _trained(self, model: Path, temporary: Path, fields: dict[str, Any]) -> Path:
+        """The mix, trained on the calibration windows: the same draw from the same text, of which none is held back."""
+        output = temporary / "trained"
+        windows = {"windows": self.args.windows, "length": self.args.length, "seed": 0, "text": self.args.calibration}
+        job = TrainJob(model=model, original=self.args.model, output=output, folder=temporary / "run")
+        train(Qat(**windows, **fields), job)
+        return output
 
     def _of_peer(self, name: str, python: str, variant: Variant) -> Contender:
         def measure() -> Row:
@@ -252,6 +260,11 @@ def run_peer(command: list[str], folder: str, threads: int) -> None:
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+
+
+def mixing_seconds(folder: Path) -> float:
+    """What choosing and compressing a mix took when it was made."""
+    return float(folder.with_suffix(".seconds").read_text(encoding="utf-8"))
 
 
 def nearest_width(bits: float) -> int:

@@ -61,6 +61,7 @@ from fettle.methods.quantize.sweep import (
     row_slices,
     sweep,
 )
+from fettle.methods.quantize.sweep_fields import SweepFields
 from fettle.tensors.masked import MaskedScheme, MaskedTensor
 from fettle.tensors.patterns import Pattern
 from fettle.tensors.quantized import QuantizedTensor
@@ -74,7 +75,7 @@ Tiles = Sequence[tuple[slice, Pruner]]  # rows that are worked on together, and 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseGpt(PruneFields):
+class SparseGpt(SweepFields, PruneFields):
     """Prunes column after column, and later columns make up for what went."""
 
     name: ClassVar[str] = "sparsegpt"
@@ -95,22 +96,9 @@ class SparseGpt(PruneFields):
         default="least_squares",
         metadata={"help": "move what stays so that the outputs change least, under the gram of the inputs"},
     )
-    damping: float = field(
-        default=0.01,
-        metadata={"help": "added to the gram's diagonal, as a part of its mean", "minimum": 0.0, "maximum": 1.0},
-    )
     clip: Literal["none", "search"] = field(
         default="search", metadata={"help": "codes: the full range of each group, or the one with the least error"}
     )
-    correction: float = field(
-        default=0.5,
-        metadata={
-            "help": "how much of earlier blocks' drift to make up for, where the walk measures it; 0 is the paper",
-            "minimum": 0.0,
-            "maximum": 1.0,
-        },
-    )
-
     tune_steps: int | None = field(
         default=None,
         metadata={
@@ -165,10 +153,6 @@ class SparseGpt(PruneFields):
         scheme = self.scheme("float32")
         swept = self.rounds == 1 or scheme.shape_of_mask.kind == "n:m"
         return [] if swept else sparsities(scheme.sparsity, self.rounds, self.schedule)
-
-    def needs(self) -> tuple[str, ...]:
-        """The gram; the drift where it is corrected."""
-        return ("gram", "drift") if self.correction > 0 else ("gram",)
 
     def scores(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
         """The optimal brain surgeon's saliency, w² / [H⁻¹]_jj, float32 [out, in]: for a threshold over all linears."""

@@ -53,12 +53,13 @@ from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.ranges import FUSED_MAXIMUM, in_tensor_units
 from fettle.methods.quantize.refine import refine
 from fettle.methods.quantize.sweep import better_rows, corrected, factorize, solve
+from fettle.methods.quantize.sweep_fields import SweepFields
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(GridFields):
+class Gptq(SweepFields, GridFields):
     """GPTQ: rounds column after column, and later columns make up for the error of earlier ones."""
 
     name: ClassVar[str] = "gptq"
@@ -67,10 +68,6 @@ class Gptq(GridFields):
     statistics: ClassVar[tuple[str, ...]] = ("gram", "drift")
     objective: ClassVar[str] = "output_error"
 
-    damping: float = field(
-        default=0.01,
-        metadata={"help": "added to the gram's diagonal, as a part of its mean", "minimum": 0.0, "maximum": 1.0},
-    )
     activation_order: bool = field(
         default=True, metadata={"help": "strongest inputs first, with scales fixed beforehand"}
     )
@@ -88,19 +85,6 @@ class Gptq(GridFields):
             "maximum": 100,
         },
     )
-
-    correction: float = field(
-        default=0.5,
-        metadata={
-            "help": "how much of earlier blocks' drift to make up for, where the walk measures it; 0 is the paper",
-            "minimum": 0.0,
-            "maximum": 1.0,
-        },
-    )
-
-    def needs(self) -> tuple[str, ...]:
-        """The gram; the drift where it is corrected."""
-        return ("gram", "drift") if self.correction > 0 else ("gram",)
 
     def compress(self, weight: Tensor, statistics: Mapping[str, Tensor], *, dtype: str) -> QuantizedTensor:
         """Chooses codes for weight [out, in] with the gram [in, in] of its inputs."""

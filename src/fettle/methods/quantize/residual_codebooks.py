@@ -38,6 +38,7 @@ from fettle.methods.quantize.learned_rounding import RoundingTuner, learned
 from fettle.methods.quantize.ranges import NOT_FINITE
 from fettle.methods.quantize.soft_vectors import SoftVectors
 from fettle.methods.quantize.sweep import corrected, factorize
+from fettle.methods.quantize.sweep_fields import SweepFields
 from fettle.methods.quantize.vector_sweep import (
     Refinement,
     StoredScales,
@@ -57,7 +58,7 @@ HEADROOM = 2.0  # by how much a scale of eight bits can grow over its start
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualCodebooks:
+class ResidualCodebooks(SweepFields):
     """Vector codes: one or two points of the lattice E8 for eight weights, chosen by the error of the outputs."""
 
     name: ClassVar[str] = "residual_codebooks"
@@ -78,18 +79,6 @@ class ResidualCodebooks:
         default="auto",
         metadata={
             "help": "type of the scales; auto is the model's own, float8_e4m3fn comes with one for the whole tensor"
-        },
-    )
-    damping: float = field(
-        default=0.01,
-        metadata={"help": "added to the gram's diagonal, as a part of its mean", "minimum": 0.0, "maximum": 1.0},
-    )
-    correction: float = field(
-        default=0.5,
-        metadata={
-            "help": "how much of earlier blocks' drift to make up for, where the walk measures it",
-            "minimum": 0.0,
-            "maximum": 1.0,
         },
     )
     refine_passes: int = field(
@@ -116,10 +105,6 @@ class ResidualCodebooks:
     scale_rate: float = field(
         default=0.001, metadata={"help": "relative change of a scale in the first step", "minimum": 0.0, "maximum": 0.1}
     )
-
-    def needs(self) -> tuple[str, ...]:
-        """The gram; the drift where it is corrected."""
-        return ("gram", "drift") if self.correction > 0 else ("gram",)
 
     def validate(self) -> None:
         """Checks that the fields fit together.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fettle.methods.quantize.soft_codes import Adam
 from fettle.methods.quantize.lattice_search import nearest_entries
+from fettle.methods.quantize.soft_codes import Adam
 from fettle.methods.quantize.vector_sweep import StoredScales, as_tensor, filled_up
 from fettle.tensors.codebook import DIMENSION
 from fettle.tensors.vectors import VectorScheme, VectorTensor, scaled, units_of
@@ -88,7 +88,7 @@ class SoftVectors:
 
 
 def leaning_units(units: Tensor, weight: Tensor, scale: Tensor, scheme: VectorScheme) -> Tensor:
-    """Places of eights, [out, columns] in units of the scale, that lean from their entries to where weight [out, in] is.
+    """Places of eights, [out, columns] in units of the scale, that lean from their entries to where the weight is.
 
     Args:
         units: float32 [out, columns], the entries.

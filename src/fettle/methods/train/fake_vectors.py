@@ -29,7 +29,7 @@ from fettle.methods.quantize.soft_vectors import COVERING_RADIUS, PACKING_RADIUS
 from fettle.methods.quantize.vector_sweep import StoredScales, as_tensor, filled_up
 from fettle.methods.train.fake_quantization import FakeLinear
 from fettle.tensors.codebook import DIMENSION
-from fettle.tensors.vectors import VectorScheme, VectorTensor, scaled, units_of
+from fettle.tensors.vectors import VectorTensor, scaled, units_of
 
 
 class _Nearest(torch.autograd.Function):

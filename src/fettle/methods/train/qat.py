@@ -97,9 +97,7 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
         for linear in linears:
             self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original)
         inside = {block.name + "." for block in anatomy.blocks}
-        swapped = {
-            id(p) for m in loaded.model.modules() if isinstance(m, FakeLinear) for p in (m.weight, m.log_scale)
-        }
+        swapped = {id(p) for m in loaded.model.modules() if isinstance(m, FakeLinear) for p in (m.weight, m.log_scale)}
         for name, parameter in loaded.model.named_parameters():
             in_block = self.trains == "blocks" and parameter.dim() == 1 and any(name.startswith(x) for x in inside)
             parameter.requires_grad_(id(parameter) in swapped or in_block)
@@ -155,9 +153,7 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
         setattr(loaded.model.get_submodule(parent), leaf, made)
 
 
-def _going_on(
-    found: CompressedWeight, module: nn.Linear, linear: Linear, original: Tensor | None
-) -> FakeLinear[Any]:
+def _going_on(found: CompressedWeight, module: nn.Linear, linear: Linear, original: Tensor | None) -> FakeLinear[Any]:
     """A linear that goes on from codes, whose weights lean to where the original's lie, if that is known."""
     device = module.weight.device
     if isinstance(found, VectorTensor):
