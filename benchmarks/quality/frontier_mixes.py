@@ -17,7 +17,7 @@ VECTOR_BITS = {2: (2, 3), 3: (2, 3, 4), 4: (3, 4)}  # of codes of eight weights
 GROUPS = (32, 64, 128)
 ABOVE = {"asymmetric": 0.56, "symmetric": 0.51}  # bits of a peer's groups of 32, with and without zero points
 TRAINING: dict[str, Any] = {
-    "steps": 100, "batch_windows": 8, "learning_rate": 0.02, "scale_rate": 0.05, "rate_in": "levels", "held_back": 0,
+    "steps": 100, "batch_windows": 8, "learning_rate": 0.01, "scale_rate": 0.05, "rate_in": "levels", "held_back": 0,
     "keep": "last", "look_every": 1_000_000,
 }  # fmt: skip
 
