@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--judge-tokens", type=int, default=16384)
     found.add_argument("--codes", default="learned_rounding", help="methods, or folders of codes; with commas")
     found.add_argument("--rate", type=float, default=1e-3, help="of qat")
+    found.add_argument("--rate-in", default="weights", choices=("weights", "levels"), help="what qat's rate counts")
     found.add_argument("--scale-rate", type=float, default=1.0, help="of qat's scales, times its rate")
     found.add_argument("--ternary", default="group", choices=("group", "channel", "tensor"))
     found.add_argument("--layers", type=int, default=3, help="a student's blocks")

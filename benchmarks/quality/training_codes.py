@@ -18,7 +18,7 @@ def codes(bench: Bench) -> None:
     for start in a.codes.split(","):
         made = Path(start) if Path(start).is_dir() else bench.compressed(start, {"method": start, **SCHEME})
         bench.tell(f"{made.name}, 2 bits", made)
-        fields = bench.fields(learning_rate=a.rate, scale_rate=a.scale_rate)
+        fields = bench.fields(learning_rate=a.rate, scale_rate=a.scale_rate, rate_in=a.rate_in)
         healed, told = bench.trained(f"{made.name}-qat", Qat(**fields), made)
         bench.tell(f"{made.name}, 2 bits, then qat", healed, rate=a.rate, **told)
 
@@ -31,6 +31,6 @@ def ternary(bench: Bench) -> None:
     scheme["group_size"] = 32 if a.ternary == "group" else None
     for part in (4, 2, 1):
         steps = max(1, a.steps // part)
-        fields = bench.fields(steps=steps, learning_rate=a.rate, scale_rate=a.scale_rate)
+        fields = bench.fields(steps=steps, learning_rate=a.rate, scale_rate=a.scale_rate, rate_in=a.rate_in)
         made, told = bench.trained(f"ternary-{a.ternary}-{steps}", Qat(**fields, **scheme), a.model)
         bench.tell(f"ternary, {a.ternary}, {steps} steps", made, rate=a.rate, **told)
