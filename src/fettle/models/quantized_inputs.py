@@ -10,38 +10,22 @@ before they are rounded: an observer has to know their true range.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from fettle.models.tap import PRODUCTS
+from fettle.models.products import Product, ProductMode
 from fettle.tensors.activations import InputQuantizer
 
 
-class QuantizedInputs(TorchFunctionMode):
+class QuantizedInputs(ProductMode):
     """`quantizers`: address of a weight (`Tensor.data_ptr()`) → what its inputs pass through."""
 
     def __init__(self, quantizers: Mapping[int, InputQuantizer]) -> None:
         super().__init__()
         self._quantizers = quantizers
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        places = PRODUCTS.get(func)
-        if places is not None:
-            (read_at, read_as), (weight_at, weight_as) = places
-            weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_as)
-            quantizer = self._quantizers.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
-            if quantizer is not None and len(args) > read_at:
-                args = (*args[:read_at], quantizer(args[read_at]), *args[read_at + 1 :])
-            elif quantizer is not None:
-                kwargs = {**kwargs, read_as: quantizer(kwargs[read_as])}
-        return func(*args, **kwargs)
+    def multiplied(self, product: Product) -> Tensor:
+        """The product of the rounded inputs, where there are codes for them."""
+        quantizer = self._quantizers.get(product.address)
+        return product.run(product.read if quantizer is None else quantizer(product.read))

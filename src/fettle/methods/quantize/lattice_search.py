@@ -9,8 +9,8 @@ entry, if the table has it; a point beyond the table's edge is looked up among a
 Two stages take turns as there. Only for errors that count alike in all directions: a sweep that weighs them by the
 inputs has to look at every entry.
 
-Cost: some thirty passes over the targets, and a look at all entries (50 µs) for each that lies beyond the edge: together a
-seventh of what looking alone takes, with normal weights.
+Cost: some thirty passes over the targets, and a look at all entries (50 µs) for each that lies beyond the edge:
+together a seventh of what looking alone takes, with normal weights.
 """
 
 from __future__ import annotations
