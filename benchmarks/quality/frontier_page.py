@@ -128,7 +128,10 @@ def plot(rows: list[Row]) -> str:
 
 def _series(row: Row) -> str:
     """Whose colour a row has."""
-    first = str(row["method"]).split(" ")[0]
+    method = str(row["method"])
+    if "mix of a budget" in method:
+        return "fettle mix, then qat" if method.endswith("then qat") else "fettle mix of a budget"
+    first = method.split(" ")[0]
     return f"fettle {first}" if row["ours"] else first
 
 
