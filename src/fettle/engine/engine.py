@@ -186,24 +186,30 @@ class Engine:
         Raises:
             NonFiniteError: the model's logits are not finite: it is damaged. All requests are dropped.
         """
-        if self.payoff is not None:
-            self.payoff.begin(sum(sequence.missing == 1 for sequence in self.scheduler.running))
-        plan = self.scheduler.schedule(self._lookahead)
+        payoff, drafter = self.payoff, self._drafter
+        if payoff is not None and drafter is not None and not self.scheduler.waiting:
+            payoff = None if payoff.rests(self.scheduler.running, drafter) else payoff
+        if payoff is not None:
+            payoff.begin(sum(sequence.missing == 1 for sequence in self.scheduler.running))
+        plan = self.scheduler.schedule(None if payoff is None else self._lookahead)
         if not plan.work:
             return []
         began = self._clock()
         for work in plan.work:
             self._begin(work.sequence, began)
-        guesses = [[] for _ in plan.work] if self._drafter is None else self._drafter.propose(plan.work)
-        drafted = self._clock()
+        guesses: list[list[int]] = [[] for _ in plan.work]
+        drafted = began
+        if drafter is not None and any(work.room for work in plan.work):
+            guesses = drafter.propose(plan.work)
+            drafted = self._clock()
         logits = self.runner.run(pack(_pieces(plan, guesses), plan.copies))
         if not np.isfinite(logits).all():
             known = max(len(work.sequence.tokens) for work in plan.work)
             for number in list(self._running):
                 self.cancel(number)
             raise NonFiniteError(f"the model's logits are not finite after {known} tokens: it is damaged")
-        if self.payoff is not None and all(work.draws and work.count == 1 for work in plan.work):
-            self.payoff.observe(drafted - began, self._clock() - drafted, sum(map(len, guesses)))
+        if payoff is not None and all(work.draws and work.count == 1 for work in plan.work):
+            payoff.observe(drafted - began, self._clock() - drafted, sum(map(len, guesses)))
         updates = []
         start = 0
         for work, guess in zip(plan.work, guesses, strict=True):
@@ -211,7 +217,7 @@ class Engine:
             if work.sequence.missing == 0:
                 rows = logits[start : start + 1 + len(guess)]
                 start += len(rows)
-                updates.append(self._take(work.sequence, rows, guess))
+                updates.append(self._take(work.sequence, rows, guess, payoff))
         for update in updates:
             if update.number in self._listeners:
                 self._listeners[update.number].append(update)
@@ -268,7 +274,7 @@ class Engine:
         if running.began is None:
             running.began, running.reused = now, sequence.computed
 
-    def _take(self, sequence: Sequence, rows: NDArray[np.float32], guess: list[int]) -> Update:
+    def _take(self, sequence: Sequence, rows: NDArray[np.float32], guess: list[int], payoff: Payoff | None) -> Update:
         """Draws a token for each row as long as the guesses are right; keeps text, times and pages up to date."""
         running = self._running[sequence.number]
         before, right = sequence.made_count, 0
@@ -288,8 +294,8 @@ class Engine:
                 right += 1
             if why is not None or place == len(guess) or token != guess[place]:
                 break
-        if self.payoff is not None:
-            self.payoff.count(sequence, len(guess), right)
+        if payoff is not None:
+            payoff.count(sequence, len(guess), right)
         now = self._clock()
         running.first = now if running.first is None else running.first
         running.last = now
