@@ -186,11 +186,7 @@ class Engine:
         Raises:
             NonFiniteError: the model's logits are not finite: it is damaged. All requests are dropped.
         """
-        payoff, drafter = self.payoff, self._drafter
-        if payoff is not None and drafter is not None and not self.scheduler.waiting:
-            payoff = None if payoff.rests(self.scheduler.running, drafter) else payoff
-        if payoff is not None:
-            payoff.begin(sum(sequence.missing == 1 for sequence in self.scheduler.running))
+        payoff, drafter = self._awake(), self._drafter
         plan = self.scheduler.schedule(None if payoff is None else self._lookahead)
         if not plan.work:
             return []
@@ -203,11 +199,7 @@ class Engine:
             guesses = drafter.propose(plan.work)
             drafted = self._clock()
         logits = self.runner.run(pack(_pieces(plan, guesses), plan.copies))
-        if not np.isfinite(logits).all():
-            known = max(len(work.sequence.tokens) for work in plan.work)
-            for number in list(self._running):
-                self.cancel(number)
-            raise NonFiniteError(f"the model's logits are not finite after {known} tokens: it is damaged")
+        self._check_finite(logits, plan)
         if payoff is not None and all(work.draws and work.count == 1 for work in plan.work):
             payoff.observe(drafted - began, self._clock() - drafted, sum(map(len, guesses)))
         updates = []
@@ -263,6 +255,24 @@ class Engine:
         finally:
             del self._listeners[number]
             self.cancel(number)
+
+    def _awake(self) -> Payoff | None:
+        """Who chooses how much is guessed in this step, told of it; None where the step is a plain one."""
+        payoff, running = self.payoff, self.scheduler.running
+        if payoff is None or self._drafter is None:
+            return None
+        if not self.scheduler.waiting and payoff.rests(running, self._drafter):
+            return None
+        payoff.begin(sum(sequence.missing == 1 for sequence in running))
+        return payoff
+
+    def _check_finite(self, logits: NDArray[np.float32], plan: Plan) -> None:
+        if np.isfinite(logits).all():
+            return
+        known = max(len(work.sequence.tokens) for work in plan.work)
+        for number in list(self._running):
+            self.cancel(number)
+        raise NonFiniteError(f"the model's logits are not finite after {known} tokens: it is damaged")
 
     def _lookahead(self, sequence: Sequence) -> int:
         if self.payoff is None or self._drafter is None:

@@ -19,9 +19,10 @@ n + AHEAD + SHARE·n, whatever the estimates of a say: 2.6% more for 96 tokens, 
 A step that something else held up is charged twice what was feared, not more: it would have been held up without
 guesses too. What a guess costs is forgotten bit by bit while nothing is guessed, so that it is tried again.
 
-Looking whether to guess takes Python some hundredths of a short step. So where no sequence is to guess, nothing is looked at
-for 2 steps, then 4, up to `LONGEST_REST`: a resting step is a plain engine's but for a counter. A step for which the drafter
-has no guess at all is one too. What they pay in is settled afterwards. Requests that come or go end a rest.
+Looking whether to guess takes Python some hundredths of a short step. So where no sequence is to guess, nothing is
+looked at for 2 steps, then 4, up to `LONGEST_REST`: a resting step is a plain engine's but for a counter. A step for
+which the drafter has no guess at all is one too. What they pay in is settled afterwards. Requests that come or go end a
+rest.
 
 Beside the account there is a loan: a draft model that has not read a sequence yet may read it on credit, where guesses
 are known to pay and would earn twice of all that is lent by the end. What the account has above `AHEAD` pays it back.
@@ -138,7 +139,7 @@ class Payoff:
         self._owed = 0  # steps of which nothing was told, which are not settled yet
 
     def rests(self, sequences: Collection[Sequence], drafter: Drafter) -> bool:
-        """Whether the next step of these sequences, all that are not done, is a plain one; then no more is told of it."""
+        """Whether the next step of all unfinished sequences, these, is a plain one; then no more is told of it."""
         if len(sequences) == self._requests and self._owed < LONGEST_SILENCE:
             if self._left > 0:
                 self._left -= 1
