@@ -129,8 +129,10 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
       for (int line = 0; line < kChunkColumns * BITS; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(planes[r] + codes_ahead + line), _MM_HINT_T1);
       planes[r] += kChunkColumns * BITS;
-      _mm_prefetch(reinterpret_cast<const char*>(next_shared[r]), _MM_HINT_T1);
-      next_shared[r] += shared.chunk_bytes;
+      if constexpr (TOKENS <= 2) {  // with more, arithmetic takes long enough, and pointers are short
+        _mm_prefetch(reinterpret_cast<const char*>(next_shared[r]), _MM_HINT_T1);
+        next_shared[r] += shared.chunk_bytes;
+      }
     }
   }
   const __m256 gain = _mm256_set1_ps(weight.gain * weight.unit_size);
