@@ -80,6 +80,36 @@ void pack_chunk(const uint8_t* codes, size_t stride, int bits, uint8_t* out) {
   if (bits & 1) pack_planes<1>(words, bits & 6, out);
 }
 
+using FourWords = uint32_t __attribute__((vector_size(16)));
+
+// Bytes 0 and 1 of each word, in the bytes 0 and 2.
+inline FourWords part_bytes(FourWords words) {
+  words &= 0xffffu;
+  return (words | words << 8) & 0x00ff00ffu;
+}
+
+// A tile of rows of 4-bit codes, whole chunks: a row's 16 bytes of a chunk are a word of each of its four registers, whose
+// codes 0 … 7 only change places: 0 to 3 become the low nibbles, 4 to 7 the high ones.
+void pack_nibbles(const uint8_t* const* rows, int chunks, uint8_t* out) {
+  constexpr int kWords = 4;
+  for (int chunk = 0; chunk < chunks; ++chunk, out += kWords * kStepBytes) {
+    uint32_t words[kTileRows][kWords];
+    for (int row = 0; row < kTileRows; ++row) {
+      FourWords pairs;
+      std::memcpy(&pairs, rows[row] + chunk * sizeof pairs, sizeof pairs);
+      const FourWords even = pairs & 0x0f0f0f0fu, odd = pairs >> 4 & 0x0f0f0f0fu;
+      const FourWords first = part_bytes(even) | part_bytes(odd) << 8;
+      const FourWords last = part_bytes(even >> 16) | part_bytes(odd >> 16) << 8;
+      const FourWords packed = first | last << 4;
+      std::memcpy(words[row], &packed, sizeof packed);
+    }
+    uint32_t turned[kWords][kTileRows];
+    for (int row = 0; row < kTileRows; ++row)
+      for (int word = 0; word < kWords; ++word) turned[word][row] = words[row][word];
+    std::memcpy(out, turned, sizeof turned);
+  }
+}
+
 using ReadRow = void (*)(const uint8_t* stream, size_t stream_bytes, int count, uint8_t* codes);
 constexpr ReadRow kReadRow[] = {nullptr, read_row<1>, read_row<2>, read_row<3>, read_row<4>, read_row<5>, read_row<6>, read_row<7>, read_row<8>};
 
@@ -179,13 +209,39 @@ void Coded::choose_units(const std::vector<float>& levels) {
     view_.units[code] = static_cast<uint8_t>(std::lround((view_.levels[code] - levels[0]) / view_.unit_size));
 }
 
-int Coded::lay_out_tile(const StoredCodes& stored, int tile) {
+void Coded::lay_out_shared(const StoredCodes& stored, int tile) {
   const Cut& cut = view_.cut;
-  const size_t number = static_cast<size_t>(number_bytes(stored.scale_type)), padded = static_cast<size_t>(cut.padded());
-  const size_t chunk_bytes = static_cast<size_t>(kChunkColumns) * stored.bits;
-  std::vector<uint8_t> codes(kTileRows * padded), apart(padded);
+  const size_t number = static_cast<size_t>(number_bytes(stored.scale_type));
+  for (int row = 0; row < kTileRows && tile * kTileRows + row < stored.rows; ++row) {
+    const size_t from = stored.scale_rows == 1 ? 0 : static_cast<size_t>(tile * kTileRows + row) * cut.groups;
+    const size_t to = static_cast<size_t>(tile) * cut.stored_groups() * kTileRows + row;
+    for (int group = 0; group < cut.groups; ++group) {
+      const uint8_t* scale = static_cast<const uint8_t*>(stored.scales) + (from + group) * number;
+      uint8_t* place = scales_.data() + (to + static_cast<size_t>(group) * kTileRows) * number;
+      if (number == 2) {
+        std::memcpy(place, scale, 2);
+      } else {
+        std::memcpy(place, scale, 4);
+      }
+      if (stored.zero_codes != nullptr) zeros_.data()[to + static_cast<size_t>(group) * kTileRows] = stored.zero_codes[from + group];
+    }
+  }
+}
+
+int Coded::lay_out_tile(const StoredCodes& stored, int tile) {
+  lay_out_shared(stored, tile);
+  const Cut& cut = view_.cut;
+  const size_t padded = static_cast<size_t>(cut.padded()), chunk_bytes = static_cast<size_t>(kChunkColumns) * stored.bits;
   const bool limited = stored.levels.size() < (size_t{1} << stored.bits);  // or every code has a level
   const bool as_stored = cut.groups == 1 || cut.group == cut.padded_group;
+  uint8_t* out = codes_.data() + static_cast<size_t>(tile) * cut.chunks * chunk_bytes;
+  if (stored.stream_bits == 4 && as_stored && !limited && cut.columns == cut.padded() && (tile + 1) * kTileRows <= stored.rows) {
+    const uint8_t* rows[kTileRows];
+    for (int row = 0; row < kTileRows; ++row) rows[row] = stored.streams + static_cast<size_t>(tile * kTileRows + row) * stored.stream_bytes;
+    pack_nibbles(rows, cut.chunks, out);
+    return 0;
+  }
+  std::vector<uint8_t> codes(kTileRows * padded), apart(padded);
   int largest = 0;
   for (int row = 0; row < kTileRows; ++row) {
     const int source = tile * kTileRows + row;
@@ -196,22 +252,9 @@ int Coded::lay_out_tile(const StoredCodes& stored, int tile) {
     kReadRow[stored.stream_bits](stream, stored.stream_bytes, cut.columns, read);
     if (limited)
       for (int i = 0; i < cut.columns; ++i) largest = std::max<int>(largest, read[i]);
-    const int shared_row = stored.scale_rows == 1 ? 0 : source;
-    for (int group = 0; group < cut.groups; ++group) {
-      const int first = group * cut.group;
-      if (!as_stored) std::memcpy(own + static_cast<size_t>(group) * cut.padded_group, read + first, static_cast<size_t>(std::min(cut.group, cut.columns - first)));
-      const size_t from = static_cast<size_t>(shared_row) * cut.groups + group;
-      const size_t to = (static_cast<size_t>(tile) * cut.stored_groups() + group) * kTileRows + row;
-      const uint8_t* scale = static_cast<const uint8_t*>(stored.scales) + from * number;
-      if (number == 2) {
-        std::memcpy(scales_.data() + to * 2, scale, 2);
-      } else {
-        std::memcpy(scales_.data() + to * 4, scale, 4);
-      }
-      if (stored.zero_codes != nullptr) zeros_.data()[to] = stored.zero_codes[from];
-    }
+    for (int first = 0; first < cut.columns && !as_stored; first += cut.group)
+      std::memcpy(own + static_cast<size_t>(first / cut.group) * cut.padded_group, read + first, static_cast<size_t>(std::min(cut.group, cut.columns - first)));
   }
-  uint8_t* out = codes_.data() + static_cast<size_t>(tile) * cut.chunks * chunk_bytes;
   for (int c = 0; c < cut.chunks; ++c) pack_chunk(codes.data() + c * kChunkColumns, padded, stored.bits, out + c * chunk_bytes);
   return largest;
 }

@@ -36,6 +36,7 @@ class Coded {
 
  private:
   void choose_units(const std::vector<float>& levels);
+  void lay_out_shared(const StoredCodes& stored, int tile);
   int lay_out_tile(const StoredCodes& stored, int tile);  // the largest code, where not every code has a level
 
   CodedMatrix view_;

@@ -1,5 +1,6 @@
 #include "formats/dense.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace fettle {
@@ -7,12 +8,18 @@ namespace {
 
 template <typename T>
 void lay_out(const T* from, T* to, int rows, int columns, int64_t first, int64_t last) {
-  for (int64_t tile = first; tile < last; ++tile)
-    for (int column = 0; column < columns; ++column)
-      for (int row = 0; row < kTileRows; ++row) {
-        const int64_t source = tile * kTileRows + row;
-        to[(tile * columns + column) * kTileRows + row] = source < rows ? from[source * columns + column] : T{0};
-      }
+  for (int64_t tile = first; tile < last; ++tile) {
+    const T* own = from + tile * kTileRows * columns;
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, rows - tile * kTileRows));
+    T* out = to + tile * kTileRows * columns;
+    if (count == kTileRows) {
+      for (int column = 0; column < columns; ++column, out += kTileRows)
+        for (int row = 0; row < kTileRows; ++row) out[row] = own[static_cast<int64_t>(row) * columns + column];
+      continue;
+    }
+    for (int column = 0; column < columns; ++column, out += kTileRows)
+      for (int row = 0; row < kTileRows; ++row) out[row] = row < count ? own[static_cast<int64_t>(row) * columns + column] : T{0};
+  }
 }
 
 }  // namespace

@@ -21,6 +21,8 @@ constexpr float kNothing = -3.0e38f;  // the maximum of no scores
 inline const float* widen(const void* from, Number type, int64_t first, int64_t count, float* scratch) {
   if (type == Number::float32) return static_cast<const float*>(from) + first;
   int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int part = 0; part < 32; part += 8) store(scratch + i + part, load_number(from, type, first + i + part));
   for (; i + 8 <= count; i += 8) store(scratch + i, load_number(from, type, first + i));
   const uint16_t* half = static_cast<const uint16_t*>(from) + first;
   for (; i < count; ++i) scratch[i] = type == Number::float16 ? from_float16(half[i]) : from_bfloat16(half[i]);
@@ -117,9 +119,13 @@ inline void accumulate(float* const* outs, const float* const* weights, const fl
     for (int r = 0; r < R; ++r) outs[r][d] = accumulate_alone(outs[r][d], weights[r], values + d, first, last, size);
 }
 
+// Divisions cost as much as a row's other work on a page, and one token, in decoding, needs none.
+inline int token_of(const AttentionQueries& q, int row) { return q.tokens == 1 ? 0 : row / q.heads; }
+
 // Where a row's query and output lie.
 inline int64_t row_place(const AttentionQueries& q, int row, int size) {
-  return row / q.heads * q.token_stride + static_cast<int64_t>(row % q.heads) * size;
+  const int token = token_of(q, row);
+  return token * q.token_stride + static_cast<int64_t>(row - token * q.heads) * size;
 }
 
 // Positions that a row sees, in a page that begins at `start`: from first to last-1, counted in the page.
@@ -130,7 +136,7 @@ struct Seen {
 };
 
 inline Seen seen_of(const AttentionQueries& q, int row, int start, int page) {
-  const int position = q.position + row / q.heads, end = position + 1 - start;
+  const int position = q.position + token_of(q, row), end = position + 1 - start;
   const int lost = q.window > 0 ? end - q.window : 0;
   return Seen{lost > 0 ? lost : 0, end < page ? end : page};
 }

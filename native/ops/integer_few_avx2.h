@@ -55,11 +55,22 @@ inline void store_rows(float* to, __m256 values, int count) {
   for (int row = 0; row < count; ++row) to[row] = all_rows[row];
 }
 
+// Where what groups share lies, to be asked for evenly while the chunks of a tile go by.
+struct Shared {
+  const uint8_t* scales;
+  int64_t tile_bytes, chunk_bytes;
+};
+
+inline Shared shared_of(const CodedMatrix& weight) {
+  const int64_t bytes = static_cast<int64_t>(weight.cut.stored_groups()) * kTileRows * number_bytes(weight.scale_type);
+  return Shared{static_cast<const uint8_t*>(weight.scales), bytes, (bytes + weight.cut.chunks - 1) / weight.cut.chunks};
+}
+
 // The tiles `tile` and, of two, `tile` + `last`; TOKENS tokens from `token` on. CENTRED: the zero point is whole and the same everywhere.
-// RUN: steps between two ends of blocks, at most a chunk; EACH: every run ends a block and a group. The bytes `ahead` of those that are used are asked for on the
-// way: those of the next tiles, for which the processor's own guess comes too late, since it learns each tile anew.
+// RUN: steps between two ends of blocks, at most a chunk; EACH: every run ends a block and a group. What lies `ahead` tiles behind those that are used is asked for
+// on the way, codes and what groups share: the processor's own guess comes too late, since it learns each tile anew.
 template <int BITS, Units UNITS, bool CENTRED, int RUN, bool EACH, int TILES, int TOKENS>
-__attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const QuantizedInputs& inputs, int token, int tile, int last, int64_t ahead,
+__attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const QuantizedInputs& inputs, int token, int tile, int last, int ahead,
                                          const int32_t* all_starts, float* out, int64_t stride) {
   constexpr int kRuns = kChunkSteps / RUN;  // of a chunk
   const Cut& cut = weight.cut;
@@ -71,11 +82,15 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
   const int32_t* starts = CENTRED && BITS != 8 ? all_starts + token * runs : nullptr;
   const float* input_scales = inputs.scales + static_cast<int64_t>(token) * blocks;
   const float* input_sums = inputs.sums + static_cast<int64_t>(token) * blocks;
+  const int64_t codes_ahead = static_cast<int64_t>(ahead) * cut.chunks * kChunkColumns * BITS;
+  const Shared shared = shared_of(weight);
   const uint8_t* planes[TILES];
+  const uint8_t* next_shared[TILES];
   __m256i dots[TILES][TOKENS];
   __m256 sums[TILES][TOKENS];
   for (int r = 0; r < TILES; ++r) {
     planes[r] = chunk_of(weight, tile + r * last, 0);
+    next_shared[r] = shared.scales + (tile + r * last + ahead) * shared.tile_bytes;
     for (int t = 0; t < TOKENS; ++t) {
       dots[r][t] = _mm256_setzero_si256();
       sums[r][t] = _mm256_setzero_ps();
@@ -112,8 +127,12 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
     }
     for (int r = 0; r < TILES; ++r) {
       for (int line = 0; line < kChunkColumns * BITS; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(planes[r] + ahead + line), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(planes[r] + codes_ahead + line), _MM_HINT_T1);
       planes[r] += kChunkColumns * BITS;
+      if constexpr (TOKENS <= 2) {  // with more, arithmetic takes long enough, and pointers are short
+        _mm_prefetch(reinterpret_cast<const char*>(next_shared[r]), _MM_HINT_T1);
+        next_shared[r] += shared.chunk_bytes;
+      }
     }
   }
   const __m256 gain = _mm256_set1_ps(weight.gain * weight.unit_size);
@@ -126,7 +145,7 @@ __attribute__((noinline)) void few_tiles(const CodedMatrix& weight, const Quanti
 
 // The tiles `tile` and `tile` + `last` for all tokens: four at a time, then what is left.
 template <int BITS, Units UNITS, bool CENTRED, int RUN, bool EACH>
-inline void few_tokens_of(const CodedMatrix& weight, const QuantizedInputs& inputs, int tile, int last, int64_t ahead,
+inline void few_tokens_of(const CodedMatrix& weight, const QuantizedInputs& inputs, int tile, int last, int ahead,
                           const int32_t* starts, float* out, int64_t stride) {
   constexpr int kTiles = RUN == kChunkSteps ? 2 : 1;
   int token = 0;
@@ -144,10 +163,9 @@ void few_tokens(const CodedMatrix& weight, const QuantizedInputs& inputs, Span s
   constexpr int kTiles = RUN == kChunkSteps ? 2 : 1;
   int32_t* starts = CENTRED && BITS != 8 ? run_starts<RUN>(inputs, weight.cut, weight.zero) : nullptr;
   const int all_tiles = (weight.rows + kTileRows - 1) / kTileRows;
-  const int64_t tiles_bytes = kTiles * static_cast<int64_t>(weight.cut.chunks) * kChunkColumns * BITS;
   for (int tile = span.first; tile < span.last; tile += kTiles) {
     const int last = tile + kTiles <= span.last ? kTiles - 1 : 0;  // the only tile that is left takes both places
-    const int64_t ahead = tile + 2 * kTiles <= all_tiles ? tiles_bytes : 0;  // the next span's too: somebody takes it at once
+    const int ahead = tile + 2 * kTiles <= all_tiles ? kTiles : 0;  // the next span's too: somebody takes it at once
     few_tokens_of<BITS, UNITS, CENTRED, RUN, EACH>(weight, inputs, tile, last, ahead, starts, out, stride);
   }
   delete[] starts;

@@ -28,7 +28,8 @@ inline Floats load(const float* from) {
   return value;
 }
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
-inline Floats all(float value) { return Floats{} + value; }
+// Not zeros + value, which is an addition and a shuffle where this is one load.
+inline Floats all(float value) { return Floats{value, value, value, value, value, value, value, value}; }
 inline Ints as_ints(Floats value) {
   Ints bits;
   std::memcpy(&bits, &value, sizeof bits);

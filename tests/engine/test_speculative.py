@@ -117,6 +117,16 @@ def test_look_up_finds_the_longest_and_newest_place() -> None:
     assert PromptLookup().propose([Work(sequence_of([5, 6, 5, 6, 5, 6]), 1, 5)]) == [[5, 6, 5, 6, 5]]
 
 
+def test_look_up_is_silent_where_no_pair_stood_before() -> None:
+    lookup, sequence = PromptLookup(longest=3, shortest=2), sequence_of([1, 2, 3])
+    said = []
+    for token in (4, 1, 2, 3, 9, 4):
+        sequence.tokens.append(token)
+        said.append(lookup.silent(sequence))
+        assert said[-1] == (lookup.propose([Work(sequence, 1, 2)]) == [[]])
+    assert said == [True, True, False, False, True, True]
+
+
 def test_drafts_of_another_vocabulary_or_cache_are_refused() -> None:
     model = Recall(pages=4, page_size=4)
     with pytest.raises(UsageError, match="open it with 12 pages of 4 tokens"):
@@ -147,6 +157,9 @@ class Planted:
     said: float = 0.0
     entered: bool = False
 
+    def silent(self, sequence: Sequence) -> bool:
+        return False
+
     def propose(self, works: Listed[Work]) -> list[list[int]]:
         raise AssertionError("the simulation guesses for itself")
 
@@ -173,6 +186,10 @@ def generation(
     sequence = Sequence(number=number, request=Request(prompt=(1,)), limit=length, ends=frozenset())
     seconds, guesses = 0.0, 0
     while sequence.made_count < length:
+        if payoff.rests([sequence], drafter):
+            sequence.tokens.append(1)
+            seconds += 1 + noise * chosen.standard_normal()
+            continue
         before = payoff.balance
         payoff.begin(1)
         k = payoff.wanted(sequence, drafter)
@@ -336,3 +353,54 @@ def test_the_payoff_itself_changes_no_token() -> None:
         model, drafter=PromptLookup(longest=1, shortest=1), payoff=Payoff(3), clock=lambda: float(next(ticks))
     )
     assert [made.tokens for made in engine.generate(requests())] == wanted
+
+
+class Reluctant(Planted):
+    """As slow as the model, or silent; notes after how many tokens it is asked what it costs."""
+
+    def __init__(self, *, nothing: bool) -> None:
+        super().__init__(drafting=1.0)
+        self.nothing, self.asked = nothing, list[int]()
+
+    def silent(self, sequence: Sequence) -> bool:
+        return self.nothing
+
+    def guess_seconds(self, rows: int) -> float:
+        self.asked.append(rows)
+        return super().guess_seconds(rows)
+
+
+def step_of(payoff: Payoff, sequence: Sequence, drafter: Drafter) -> bool:
+    """A step without guesses; whether it was one of a rest."""
+    rests = payoff.rests([sequence], drafter)
+    if not rests:
+        payoff.begin(1)
+        assert payoff.wanted(sequence, drafter) == 0
+        payoff.observe(0.0, 1.0, 0)
+        payoff.count(sequence, 0, 0)
+    return rests
+
+
+@pytest.mark.parametrize(
+    ("silent", "awake"), [(False, [0, 1, 2, 5, 10, 19, 36, 53, 70, 87]), (True, [0, 1, 2, 19, 36, 53, 70, 87])]
+)
+def test_a_resting_step_asks_nothing_and_pays_in(silent: bool, awake: list[int]) -> None:
+    payoff, drafter = Payoff(4), Reluctant(nothing=silent)
+    payoff.balance = 0.0
+    sequence = sequence_of([1])
+    assert [made for made in range(100) if not step_of(payoff, sequence, drafter)] == awake
+    assert len(drafter.asked) == len(awake) - 2  # what a plain step takes has to be known first
+    payoff.begin(1)
+    assert payoff.balance == pytest.approx(100 * SHARE)
+
+
+@pytest.mark.parametrize("change", ["none", "one comes", "one is done", "nobody is left"])
+def test_a_rest_ends_where_a_request_comes_or_goes(change: str) -> None:
+    payoff, sequence, drafter = Payoff(4), sequence_of([1, 2]), Reluctant(nothing=False)
+    while step_of(payoff, sequence, drafter) or len(drafter.asked) < 5:
+        pass
+    assert step_of(payoff, sequence, drafter)
+    if change == "one is done":
+        payoff.forget(sequence)
+    running = {"one comes": [sequence, sequence_of([3])], "nobody is left": []}.get(change, [sequence])
+    assert payoff.rests(running, drafter) == (change == "none")

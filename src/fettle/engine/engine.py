@@ -186,24 +186,22 @@ class Engine:
         Raises:
             NonFiniteError: the model's logits are not finite: it is damaged. All requests are dropped.
         """
-        if self.payoff is not None:
-            self.payoff.begin(sum(sequence.missing == 1 for sequence in self.scheduler.running))
-        plan = self.scheduler.schedule(self._lookahead)
+        payoff, drafter = self._awake(), self._drafter
+        plan = self.scheduler.schedule(None if payoff is None else self._lookahead)
         if not plan.work:
             return []
         began = self._clock()
         for work in plan.work:
             self._begin(work.sequence, began)
-        guesses = [[] for _ in plan.work] if self._drafter is None else self._drafter.propose(plan.work)
-        drafted = self._clock()
+        guesses: list[list[int]] = [[] for _ in plan.work]
+        drafted = began
+        if drafter is not None and any(work.room for work in plan.work):
+            guesses = drafter.propose(plan.work)
+            drafted = self._clock()
         logits = self.runner.run(pack(_pieces(plan, guesses), plan.copies))
-        if not np.isfinite(logits).all():
-            known = max(len(work.sequence.tokens) for work in plan.work)
-            for number in list(self._running):
-                self.cancel(number)
-            raise NonFiniteError(f"the model's logits are not finite after {known} tokens: it is damaged")
-        if self.payoff is not None and all(work.draws and work.count == 1 for work in plan.work):
-            self.payoff.observe(drafted - began, self._clock() - drafted, sum(map(len, guesses)))
+        self._check_finite(logits, plan)
+        if payoff is not None and all(work.draws and work.count == 1 for work in plan.work):
+            payoff.observe(drafted - began, self._clock() - drafted, sum(map(len, guesses)))
         updates = []
         start = 0
         for work, guess in zip(plan.work, guesses, strict=True):
@@ -211,7 +209,7 @@ class Engine:
             if work.sequence.missing == 0:
                 rows = logits[start : start + 1 + len(guess)]
                 start += len(rows)
-                updates.append(self._take(work.sequence, rows, guess))
+                updates.append(self._take(work.sequence, rows, guess, payoff))
         for update in updates:
             if update.number in self._listeners:
                 self._listeners[update.number].append(update)
@@ -258,6 +256,24 @@ class Engine:
             del self._listeners[number]
             self.cancel(number)
 
+    def _awake(self) -> Payoff | None:
+        """Who chooses how much is guessed in this step, told of it; None where the step is a plain one."""
+        payoff, running = self.payoff, self.scheduler.running
+        if payoff is None or self._drafter is None:
+            return None
+        if not self.scheduler.waiting and payoff.rests(running, self._drafter):
+            return None
+        payoff.begin(sum(sequence.missing == 1 for sequence in running))
+        return payoff
+
+    def _check_finite(self, logits: NDArray[np.float32], plan: Plan) -> None:
+        if np.isfinite(logits).all():
+            return
+        known = max(len(work.sequence.tokens) for work in plan.work)
+        for number in list(self._running):
+            self.cancel(number)
+        raise NonFiniteError(f"the model's logits are not finite after {known} tokens: it is damaged")
+
     def _lookahead(self, sequence: Sequence) -> int:
         if self.payoff is None or self._drafter is None:
             return 0
@@ -268,7 +284,7 @@ class Engine:
         if running.began is None:
             running.began, running.reused = now, sequence.computed
 
-    def _take(self, sequence: Sequence, rows: NDArray[np.float32], guess: list[int]) -> Update:
+    def _take(self, sequence: Sequence, rows: NDArray[np.float32], guess: list[int], payoff: Payoff | None) -> Update:
         """Draws a token for each row as long as the guesses are right; keeps text, times and pages up to date."""
         running = self._running[sequence.number]
         before, right = sequence.made_count, 0
@@ -288,8 +304,8 @@ class Engine:
                 right += 1
             if why is not None or place == len(guess) or token != guess[place]:
                 break
-        if self.payoff is not None:
-            self.payoff.count(sequence, len(guess), right)
+        if payoff is not None:
+            payoff.count(sequence, len(guess), right)
         now = self._clock()
         running.first = now if running.first is None else running.first
         running.last = now

@@ -33,7 +33,7 @@ from fettle.tensors.masked import MaskedScheme
 from fettle.tensors.scheme import Scheme
 
 if TYPE_CHECKING:
-    from fettle._native import Decoder
+    from fettle._native import Decoder, Pool
 
 CacheType = Literal["float16", "float32", "int8"]
 
@@ -57,17 +57,18 @@ def require_native(folder: Path) -> None:
         check_inputs(name, stored)
 
 
-def _read_verified(reader: TableReader) -> dict[str, Any]:
+def _read_verified(checkpoint: Checkpoint, pool: Pool) -> tuple[TableReader, dict[str, Any]]:
     """The table, while a thread of its own compares the files with their hashes; damage is told first."""
     with ThreadPoolExecutor(1) as beside:
-        verified = beside.submit(reader.checkpoint.verify_hashes)
+        verified = beside.submit(checkpoint.verify_hashes)
         try:
+            reader = TableReader(checkpoint, read_anatomy(checkpoint), pool)
             table = reader.read()
         except Exception:
             verified.result()
             raise
         verified.result()
-        return table
+        return reader, table
 
 
 def _reads_bytes(stored: StoredScheme) -> bool:
@@ -137,8 +138,8 @@ class NativeRunner:
             raise UsageError(unknown_word("cache type", str(cache_type), get_args(CacheType)))
         native = plane()
         pool = native.Pool(threads or default_threads())
-        reader = TableReader(checkpoint, read_anatomy(checkpoint), pool)
-        decoder = native.Decoder(_read_verified(reader), pages, page_size, cache_type, pool, integer, kernels)
+        reader, table = _read_verified(checkpoint, pool)
+        decoder = native.Decoder(table, pages, page_size, cache_type, pool, integer, kernels)
         shape = RunnerShape(
             page_size=page_size,
             pages=pages,

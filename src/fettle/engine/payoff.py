@@ -19,6 +19,11 @@ n + AHEAD + SHARE·n, whatever the estimates of a say: 2.6% more for 96 tokens, 
 A step that something else held up is charged twice what was feared, not more: it would have been held up without
 guesses too. What a guess costs is forgotten bit by bit while nothing is guessed, so that it is tried again.
 
+Looking whether to guess takes Python some hundredths of a short step. So where no sequence is to guess, nothing is
+looked at for 2 steps, then 4, up to `LONGEST_REST`: a resting step is a plain engine's but for a counter. A step for
+which the drafter has no guess at all is one too. What they pay in is settled afterwards. Requests that come or go end a
+rest.
+
 Beside the account there is a loan: a draft model that has not read a sequence yet may read it on credit, where guesses
 are known to pay and would earn twice of all that is lent by the end. What the account has above `AHEAD` pays it back.
 A sequence that ends early leaves a debt, and then the next one has to be worth both.
@@ -29,6 +34,7 @@ Only speed depends on the clock: no token does.
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -46,6 +52,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # plain steps between rehearsals that cos
 FIRST_FADE = 16  # plain steps until costs are forgotten but for the newest; twice as many each time, up to the longest
 ASKED_AGAIN = 4  # steps until a drafter is asked again that had too little to rehearse
 EVIDENCE = 8  # rehearsed or real guesses, before a sequence is read on credit
+NONE_KNOWN = -1  # number of requests: whatever comes ends a rest
+LONGEST_REST = 16  # steps in which nothing is looked at
+LONGEST_SILENCE = 16  # steps of which nothing is told: then one is timed again
 REFRESH = 32  # a plain step after so many with guesses, so that its seconds stay known
 TIMED = 15  # steps that a median is of
 DECAY, PRIOR = 0.9, 4.0  # how fast a sequence's own counts fade; how many counts the others' weigh
@@ -70,10 +79,10 @@ class _Size:
         self.waited, self.pause = 0, FIRST_FADE if cost < MOST_CHECKING else self.pause
         self._look()
 
-    def fade(self) -> None:
-        """A step without guesses."""
+    def fade(self, steps: int) -> None:
+        """So many steps without guesses."""
         self.guessed_steps = 0
-        self.waited += 1
+        self.waited += steps
         if self.checks and self.waited >= self.pause:
             while len(self.checks) > 1:
                 self.checks.popleft()
@@ -123,11 +132,32 @@ class Payoff:
         self._promised, self._longest = 0.0, 0  # what this step's guesses may cost so far; the largest k among them
         self._lent = 0.0  # in this step
         self._pause, self._waited = FIRST_PAUSE, FIRST_PAUSE  # the first rehearsal is due at once
+        self._requests = NONE_KNOWN  # that ran in the newest step of which something was told
+        self._dull = 0  # sequences for which there is nothing to guess in this step, nor soon
+        self._longest_rest = LONGEST_REST  # behind this step
+        self._left, self._rest = 0, 1  # steps of a rest: to come, and in all
+        self._owed = 0  # steps of which nothing was told, which are not settled yet
+
+    def rests(self, sequences: Collection[Sequence], drafter: Drafter) -> bool:
+        """Whether the next step of all unfinished sequences, these, is a plain one; then no more is told of it."""
+        if len(sequences) == self._requests and self._owed < LONGEST_SILENCE:
+            if self._left > 0:
+                self._left -= 1
+                self._owed += 1
+                return True
+            if all(sequence.missing == 1 and drafter.silent(sequence) for sequence in sequences):
+                self._owed += 1
+                return True
+        self._requests = len(sequences) if self._sizes[self._rows].plain is not None else NONE_KNOWN
+        return False
 
     def begin(self, rows: int) -> None:
         """A step with so many decoding sequences is about to be planned."""
+        if self._owed:
+            self._settle()
         self._rows = max(1, rows)
         self._promised, self._longest, self._lent = 0.0, 0, 0.0
+        self._dull, self._longest_rest = 0, LONGEST_REST
 
     def wanted(self, sequence: Sequence, drafter: Drafter) -> int:
         """How many tokens to guess for a sequence in this step."""
@@ -139,9 +169,8 @@ class Payoff:
         if size.plain is None:
             return 0
         drafting = drafter.guess_seconds(self._rows) / size.plain
-        if (
-            drafting >= 1
-        ):  # never, not even if every guess were right; what follows has to be quick, it is in every step
+        if drafting >= 1:  # never, not even if every guess were right
+            self._dull += 1
             return 0
         checking = self._checking(size)
         expected = drafting + checking
@@ -151,6 +180,7 @@ class Payoff:
         count = min(best_guesses(self._rate(own), expected, self.most), 1 + int(own.right))
         entry = drafter.entry_seconds(sequence) / size.plain if count else 0.0
         feared = max(checking, MOST_CHECKING if len(size.checks) <= UNSEEN else 0.0) / self._rows
+        short = AHEAD
         while count:
             cost = drafting * max(0, count - self._longest) + feared * count
             left = self.balance - self._promised - cost
@@ -161,6 +191,9 @@ class Payoff:
                 self._longest = max(self._longest, count)
                 return count
             count -= 1
+            short = entry - left
+        self._dull += 1
+        self._longest_rest = min(self._longest_rest, int(short / SHARE))  # until the account can pay
         return 0
 
     def observe(self, drafting: float, checking: float, guesses: int) -> None:
@@ -170,9 +203,13 @@ class Payoff:
         if guesses == 0:
             size.steps.append(drafting + checking)
             size.plain = median_low(size.steps) if len(size.steps) > 1 else None
-            size.fade()
+            size.fade(1)
             self._waited += 1
-        elif size.plain is not None:
+            if self._dull >= self._rows:
+                self._left = self._rest = min(2 * self._rest, self._longest_rest)
+            return
+        self._rest = 1
+        if size.plain is not None:
             size.check(max(0.0, checking / size.plain - 1) * self._rows / guesses)
             self.loan += self._lent
             self.balance -= min((drafting + checking) / size.plain - 1 - self._lent, 2 * self._promised)
@@ -194,6 +231,15 @@ class Payoff:
     def forget(self, sequence: Sequence) -> None:
         """The sequence is done."""
         self._own.pop(sequence.number, None)
+        self._requests = NONE_KNOWN
+
+    def _settle(self) -> None:
+        """What steps of which nothing was told pay in and let fade."""
+        for _ in range(self._owed):
+            self._pay_in()
+        self._sizes[self._rows].fade(self._owed)
+        self._waited += self._owed
+        self._left = self._owed = 0
 
     def _rehearse(self, sequence: Sequence, own: _Own, drafter: Drafter, plain: float, expected: float) -> None:
         """Asks what would have been guessed: as often as it costs nothing, else now and then, with what there is."""
@@ -201,7 +247,7 @@ class Payoff:
         allowed = max(0.0, self.balance - self._promised) if due else 0.0
         told = drafter.rehearse(sequence, allowed * plain)
         if told.tried and not own.guessed:
-            self._note(own, told.right, told.tried)
+            self._note(own, told.right, told.tried, 1 if told.seconds > 0 else told.tried)
         if told.seconds > 0:
             self.balance -= min(told.seconds / plain, 2 * allowed)
             pays = best_guesses(self._rate(own), expected, self.most) > 0
@@ -209,6 +255,7 @@ class Payoff:
             self._waited = 0
         elif due:
             self._waited -= ASKED_AGAIN
+            self._longest_rest = ASKED_AGAIN
 
     def _pay_in(self) -> None:
         """A step's share, which nobody saves, and what was earned pays back what was lent."""
@@ -238,9 +285,9 @@ class Payoff:
         known = {abs(rows - self._rows): other.checking for rows, other in self._sizes.items()}
         return min(((far, cost) for far, cost in known.items() if cost is not None), default=(0, FIRST_CHECKING))[1]
 
-    def _note(self, own: _Own, right: int, tried: int) -> None:
-        own.add(right, tried, DECAY)
-        self._all.add(right, tried, 1 - (1 - DECAY) / 8)
+    def _note(self, own: _Own, right: int, tried: int, steps: int = 1) -> None:
+        own.add(right, tried, DECAY**steps)
+        self._all.add(right, tried, (1 - (1 - DECAY) / 8) ** steps)
 
     def _rate(self, own: _Own) -> float:
         shared = self._all.right / self._all.tried

@@ -118,8 +118,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._give_back(sequence)
 
-    def schedule(self, lookahead: Lookahead = lambda _: 0) -> Plan:
-        """Plans a step; `lookahead` says how many drafted tokens a decoding sequence would like to check.
+    def schedule(self, lookahead: Lookahead | None = None) -> Plan:
+        """Plans a step; `lookahead` says how many drafted tokens a decoding sequence would like to check; None: none.
 
         Pages for all planned tokens, drafted ones included, are held when this returns.
         """
@@ -132,7 +132,8 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         if self.preemptions == before:  # else whoever was thrown out would come back at once
             self._admit(planned, copies)
-            self._plan_drafts(planned, lookahead)
+            if lookahead is not None:
+                self._plan_drafts(planned, lookahead)
         return Plan([planned[sequence.number] for sequence in self.running if sequence.number in planned], copies)
 
     def computed(self, work: Work) -> None:

@@ -24,7 +24,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Protocol
 
@@ -63,6 +63,10 @@ NOTHING = Rehearsal()
 class Drafter(Protocol):
     """Guesses the next tokens of decoding sequences."""
 
+    def silent(self, sequence: Sequence) -> bool:
+        """Whether it has nothing to guess behind the newest token, told within a few microseconds; else False."""
+        ...
+
     def propose(self, works: Listed[Work]) -> list[list[int]]:
         """Up to `work.room` guessed tokens for each, in order; none where there is nothing to guess."""
         ...
@@ -84,6 +88,18 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass
+class _Text:
+    """What look-up knows of a sequence's first `end` tokens."""
+
+    end: int = 0
+    places: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → what stood behind it the last time
+    grams: list[tuple[int, ...]] = field(default_factory=list)  # those that end here, longest first: not in places yet
+    found: int | None = None  # the place of the first of them that stood there before
+    right: int = 0  # of made tokens that had something found before them, since a rehearsal told of them
+    tried: int = 0
+
+
 class PromptLookup:
     """Guesses that what followed the last few tokens before follows them again; no model needed.
 
@@ -95,7 +111,11 @@ class PromptLookup:
         if not 1 <= shortest <= longest:
             raise UsageError(f"prompt look-up of {shortest} to {longest} tokens cannot be; give 1 ≤ shortest ≤ longest")
         self._lengths = range(longest, shortest - 1, -1)
-        self._places: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}
+        self._texts: dict[int, _Text] = {}
+
+    def silent(self, sequence: Sequence) -> bool:
+        """As `Drafter.silent`."""
+        return self._enter(sequence).found is None
 
     def propose(self, works: Listed[Work]) -> list[list[int]]:
         """As `Drafter.propose`."""
@@ -103,7 +123,12 @@ class PromptLookup:
 
     def rehearse(self, sequence: Sequence, seconds: float) -> Rehearsal:
         """As `Drafter.rehearse`, with all made tokens since the last time, whatever the seconds."""
-        return self._enter(sequence)
+        text = self._enter(sequence)
+        if text.tried == 0:
+            return NOTHING
+        told = Rehearsal(right=text.right, tried=text.tried)
+        text.right = text.tried = 0
+        return told
 
     def guess_seconds(self, rows: int) -> float:
         """Nothing: a few dictionary look-ups."""
@@ -115,36 +140,35 @@ class PromptLookup:
 
     def forget(self, sequence: Sequence) -> None:
         """As `Drafter.forget`."""
-        self._places.pop(sequence.number, None)
+        self._texts.pop(sequence.number, None)
 
-    def _enter(self, sequence: Sequence) -> Rehearsal:
-        """Enters n-grams behind which a token stands by now, after looking up what each would have guessed."""
-        tokens, prompt = sequence.tokens, len(sequence.request.prompt)
-        seen, places = self._places.get(sequence.number, (0, {}))
-        right = tried = 0
-        for end in range(seen, len(tokens)):
-            found = None
-            for length in self._lengths:
-                if end >= length:
-                    gram = tuple(tokens[end - length : end])
-                    if found is None:
-                        found = places.get(gram)
-                    places[gram] = end
-            if found is not None and end >= prompt:
-                tried += 1
-                right += tokens[found] == tokens[end]
-        self._places[sequence.number] = (len(tokens), places)
-        return Rehearsal(right=right, tried=tried) if tried else NOTHING
+    def _enter(self, sequence: Sequence) -> _Text:
+        """Enters n-grams behind which a token stands by now, after seeing what each would have guessed."""
+        text = self._texts.get(sequence.number)
+        if text is None:
+            text = self._texts[sequence.number] = _Text()
+        tokens, places = sequence.tokens, text.places
+        for end in range(text.end, len(tokens)):
+            if text.found is not None and end >= len(sequence.request.prompt):
+                text.tried += 1
+                text.right += tokens[text.found] == tokens[end]
+            for gram in text.grams:
+                places[gram] = end
+            text.end = known = end + 1
+            text.grams = [tuple(tokens[known - length : known]) for length in self._lengths if length <= known]
+            text.found = None
+            for gram in text.grams:
+                if gram in places:
+                    text.found = places[gram]
+                    break
+        return text
 
     def _guess(self, sequence: Sequence, room: int) -> list[int]:
-        self._enter(sequence)
-        tokens, places = sequence.tokens, self._places[sequence.number][1]
-        for length in self._lengths:
-            found = places.get(tuple(tokens[-length:])) if len(tokens) >= length else None
-            if found is not None:
-                period = len(tokens) - found  # shorter than what may be guessed: the text goes round in a circle
-                return [tokens[found + step % period] for step in range(room)]
-        return []
+        tokens, found = sequence.tokens, self._enter(sequence).found
+        if found is None:
+            return []
+        period = len(tokens) - found  # shorter than what may be guessed: the text goes round in a circle
+        return [tokens[found + step % period] for step in range(room)]
 
 
 def scratch_pages(page_size: int) -> int:
@@ -181,6 +205,10 @@ class DraftModel:
         self._guess_seconds = {1: step}  # rows → seconds of a guess
         self._steps: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=TIMED))
         self._steps[1].append(step)
+
+    def silent(self, sequence: Sequence) -> bool:
+        """As `Drafter.silent`: a model always has a guess."""
+        return False
 
     def propose(self, works: Listed[Work]) -> list[list[int]]:
         """As `Drafter.propose`; one call of the draft model a guessed token, for all sequences at once."""
