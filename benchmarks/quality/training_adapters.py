@@ -67,9 +67,9 @@ def adapters(bench: Bench) -> None:
 def _domain(bench: Bench) -> dict[str, Any]:
     """The loop's fields on the new domain: its first `--domain-tokens` tokens, where so few are asked for."""
     a = bench.arguments
-    fields = bench.fields(domain=True, held_back_text=a.domain_dev, look_every=max(1, a.steps // 10))
+    fields = bench.fields(domain=True, held_back_text=a.domain_dev, look_every=max(1, a.steps // 4))
     if a.domain_dev:
-        fields["held_back"] = 32
+        fields["held_back"] = 16
     if a.domain_tokens is None:
         return fields
     text = Path(a.domain).read_text(encoding="utf-8")[: 8 * a.domain_tokens]

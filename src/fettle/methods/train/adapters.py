@@ -106,7 +106,7 @@ class Adapter(LoopFields, SignalFields, DataFields):
         self.check_signals()
         self.check_data(self, self)
         if self.kind in (*VIRTUAL, "bottleneck") and self.merge:
-            raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora, rslora, dora, ia3")
+            raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora and its kin, ia3")
         if self.kind in VIRTUAL and self.on_policy:
             raise RecipeError(f"on_policy writes with the tree, where a {self.kind} has no place; use lora")
         if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:

@@ -1,8 +1,9 @@
 """Training windows: what a run learns from, what it is stopped by, and in which order windows come.
 
 The text is cut once, by characters: its last part is held back for early stopping, windows for learning are drawn from
-the rest, so that no step sees what it is judged by; where a text of its own is held back, nothing is cut. (Neither is the held-out text that an evaluation uses.) With a
-replayed text a share of the windows comes from there: old data against forgetting.
+the rest, so that no step sees what it is judged by; where a text of its own is held back, nothing is cut. (Neither is
+the held-out text that an evaluation uses.) With a replayed text a share of the windows comes from there: old data
+against forgetting.
 
 The order of windows is a list that the seed gives: whole passes, each shuffled anew. A step is a row of that list, so a
 resumed run, and one on two processes, takes the same windows in the same steps.
@@ -107,7 +108,7 @@ def learning_part(fields: LoopFields) -> Text:
 
 
 def cut_texts(texts: Sequence[Text], fields: LoopFields) -> list[tuple[Text, Text]]:
-    """Of the text and a replayed one: what windows are drawn from, and what is held back, a text of its own if named."""
+    """Of each text: what windows are drawn from, and what is held back, a text of its own where one is named."""
     if fields.held_back_text is None:
         return [cut_off(text, fields.held_back > 0) for text in texts]
     return [(text, read_text(fields.held_back_text)) for text in texts]
