@@ -17,7 +17,7 @@ from fettle.errors import RecipeError, UsageError
 from fettle.methods.train import Adapter
 from fettle.methods.train.adapter_targets import module_path, parsed_ranks, parsed_roles, target_linears
 from fettle.methods.train.adapters import load_adapters, merge_adapter
-from fettle.methods.train.cores import BASES, GRADIENT_WINDOWS, loss_gradients, main_directions
+from fettle.methods.train.cores import BASES, GRADIENT_WINDOWS, bases, loss_gradients, main_directions
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.text_mix import learning_part, training_text
@@ -130,3 +130,17 @@ def test_a_tied_matrix_is_not_merged(tied_llama: Path, trained: Trained, tmp_pat
     output, _ = trained(Adapter, tied_llama, **HOW, targets="mlp,head", rank=1)
     with pytest.raises(UsageError, match="share one matrix"):
         merge_adapter(tied_llama, output, tmp_path / "merged")
+
+
+def test_a_resumed_run_takes_the_bases_that_it_began_with(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    loaded = load(tiny_llama)
+    linears = [(linear, 2) for linear in target_linears(loaded, ("query",))]
+    fields = LoopFields(text=str(text_file), length=SMALL["length"])
+    other = LoopFields(text=str(text_file), length=SMALL["length"], seed=1)  # other windows, other directions
+    first = bases(loaded, linears, "lora_sb", fields, tmp_path / "run")
+    again = bases(loaded, linears, "lora_sb", other, tmp_path / "run")
+    fresh = bases(loaded, linears, "lora_sb", other, tmp_path / "other")
+    for path, (left, right) in first.items():
+        assert torch.equal(left, again[path][0])
+        assert torch.equal(right, again[path][1])
+        assert not torch.equal(left, fresh[path][0])
