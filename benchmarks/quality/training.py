@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--text", help="to learn from; none for the embedded calibration text")
     found.add_argument("--judge", help="to measure on; none for the embedded held-out text")
     found.add_argument("--domain", help="the new domain's text to learn from")
+    found.add_argument("--domain-tokens", type=int, help="learn from so many tokens at its beginning; none for all")
+    found.add_argument("--domain-dev", help="to choose step sizes and moments by; none for the end of --domain")
     found.add_argument("--domain-judge")
     found.add_argument("--work", type=Path)
     found.add_argument("--steps", type=int, default=4)
@@ -53,9 +55,11 @@ def parser() -> argparse.ArgumentParser:
         "--signals", default="hard labels+soft labels", help=f"{'; '.join(SIGNALS)}; two teachers; with +"
     )
     found.add_argument("--shapes", default="narrow", help="narrow, resize; with commas")
-    found.add_argument("--full-rates", default="0.0005,0.001", help="of full fine-tuning; the best one counts")
+    found.add_argument(
+        "--full-rates", default="0.0005,0.001", help="of full fine-tuning; the least held-back loss counts"
+    )
     found.add_argument("--kinds", help=f"{'; '.join(KINDS)}; with +; none for all")
-    found.add_argument("--adapter-rate", type=float, help="none for each kind's own")
+    found.add_argument("--adapter-rates", help="of every kind, with commas; none for each kind's own")
     return found
 
 

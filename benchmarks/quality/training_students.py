@@ -18,6 +18,7 @@ SIGNALS: dict[str, dict[str, Any]] = {
     "soft labels, features, attention, relations": {"features": 0.1, "attention": 0.1, "relations": 1.0},
     "soft labels, value relations": {"values": 0.1},
     "soft labels, hard labels": {"hard": 0.5, "soft": 0.5},
+    "hard labels, a quarter soft": {"hard": 1.0, "soft": 0.25},
 }
 
 

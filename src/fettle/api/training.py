@@ -165,7 +165,7 @@ def _identity(chain: Chain, checkpoint: Checkpoint, device: str, generic: bool) 
     """What a resumed run must have been started with."""
     texts = {}
     for stage in chain.stages:
-        for name in ("text", "replay") if stage.method is not None else ():
+        for name in ("text", "held_back_text", "replay") if stage.method is not None else ():
             path = getattr(stage.method, name)
             if name == "text" or path is not None:
                 texts[str(path)] = read_text(path).sha256

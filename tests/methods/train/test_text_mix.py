@@ -10,7 +10,7 @@ import torch
 from fettle.data.tokenizer import load_tokenizer
 from fettle.errors import UsageError
 from fettle.methods.train.options import LoopFields
-from fettle.methods.train.text_mix import training_text
+from fettle.methods.train.text_mix import learning_part, training_text
 
 
 def fields(text: Path, **other: object) -> LoopFields:
@@ -55,3 +55,16 @@ def test_a_text_too_short_is_refused_with_the_way_out(tiny_llama: Path, tmp_path
     text.write_text("def f(): pass\n")
     with pytest.raises(UsageError, match=r"too short for windows of 16 tokens.*held_back: 0"):
         training_text(load_tokenizer(tiny_llama), fields(text))
+
+
+def test_a_text_of_its_own_is_held_back_and_none_is_cut(tiny_llama: Path, tmp_path: Path) -> None:
+    text, other = tmp_path / "numbers.txt", tmp_path / "other.txt"
+    text.write_text("\n".join(f"line {number} of many" for number in range(100)))
+    other.write_text("zz " * 400)
+    tokenizer = load_tokenizer(tiny_llama)
+    asked = fields(text, windows=1000, held_back_text=str(other))
+    found = training_text(tokenizer, asked)
+    words = [tokenizer.decode(ids.tolist()) for ids in found.ids]
+    assert [("zz" in word) for word in words] == [False] * found.learned + [True] * 3
+    assert learning_part(asked).content == text.read_text()
+    assert found.learned > training_text(tokenizer, fields(text, windows=1000)).learned

@@ -2,6 +2,8 @@
 
     lora     W + (α / r) · B A                          Hu et al. 2021, https://arxiv.org/abs/2106.09685
     rslora   W + (α / √r) · B A                         Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+    lora_xs  W + (α / r) · U R V, R alone learns        Bałazy et al. 2024, https://arxiv.org/abs/2405.17604
+    lora_sb  the same between the gradient's directions Ponkshe et al. 2024, https://arxiv.org/abs/2411.19557
     dora     m · (W + (α / r) · B A) / ‖…‖              Liu et al. 2024, https://arxiv.org/abs/2402.09353
     ia3      keys, values and MLP inputs times a vector     Liu et al. 2022, https://arxiv.org/abs/2205.05638
     prompt   virtual tokens in front                    Lester et al. 2021, https://arxiv.org/abs/2104.08691
@@ -35,7 +37,16 @@ from torch import Tensor, nn
 from fettle.data.windows import calibration_windows
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
+from fettle.methods.train.adapter_targets import (
+    IN_BLOCKS,
+    module_path,
+    parsed_ranks,
+    parsed_roles,
+    require_mergeable,
+    target_linears,
+)  # fmt: skip
 from fettle.methods.train.bottleneck import BottleneckModel, is_bottleneck, load_bottlenecks, write_bottleneck
+from fettle.methods.train.cores import CORES, Bases, bases, hold_bases_, release_bases_
 from fettle.methods.train.curve import checkpoints
 from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
@@ -52,12 +63,8 @@ from fettle.models.source import resolve
 from fettle.models.storage import read_weight
 from fettle.models.writer import write_json
 
-Kind = Literal["lora", "rslora", "dora", "ia3", "prompt", "prefix", "bottleneck"]
+Kind = Literal["lora", "rslora", "dora", "lora_xs", "lora_sb", "ia3", "prompt", "prefix", "bottleneck"]
 VIRTUAL = ("prompt", "prefix")
-ROLES = {
-    "attention": ("query", "key", "value", "query_key_value", "output"),
-    "mlp": ("gate", "up", "down", "gate_up"),
-}
 RECORD = "fettle_adapter.json"
 EVA_WINDOWS = 32
 
@@ -76,7 +83,11 @@ class Adapter(LoopFields, SignalFields, DataFields):
     dropout: float = field(default=0.0, metadata={"help": "of LoRA's inputs", "minimum": 0.0, "maximum": 0.99})
     virtual_tokens: int = field(default=16, metadata={"help": "of a prompt or prefix", "minimum": 1})
     targets: str = field(
-        default="all", metadata={"help": "which linears get one: attention, mlp, all, or roles with commas"}
+        default="all",
+        metadata={"help": "which matrices get one: attention, mlp, all (of the blocks), or roles, head, embedding"},
+    )
+    ranks: str | None = field(
+        default=None, metadata={"help": "LoRA's ranks that differ from rank by target, as mlp=2,head=4"}
     )
     start: Literal["zero", "residual", "eva"] = field(
         default="zero",
@@ -95,7 +106,7 @@ class Adapter(LoopFields, SignalFields, DataFields):
         self.check_signals()
         self.check_data(self, self)
         if self.kind in (*VIRTUAL, "bottleneck") and self.merge:
-            raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora, rslora, dora, ia3")
+            raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora and its kin, ia3")
         if self.kind in VIRTUAL and self.on_policy:
             raise RecipeError(f"on_policy writes with the tree, where a {self.kind} has no place; use lora")
         if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:
@@ -107,25 +118,14 @@ class Adapter(LoopFields, SignalFields, DataFields):
                 "a prefix is a cache of keys and values, which blocks that run again do not take; set "
                 "gradient_checkpointing: false, or use lora"
             )
-        self.roles()
+        roles = parsed_roles(self.targets)
+        strays = sorted(set(parsed_ranks(self.ranks)) - set(roles) - set(IN_BLOCKS))
+        if strays:
+            raise RecipeError(
+                f"ranks={self.ranks!r} names {strays[0]}, which targets={self.targets!r} leaves out; add it"
+            )
         if self.start != "zero" and self.kind not in ("lora", "rslora"):
             raise RecipeError(f"start={self.start} is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")
-
-    def roles(self) -> tuple[str, ...]:
-        """The roles that `targets` names.
-
-        Raises:
-            RecipeError: a word that is neither a role nor one of the groups.
-        """
-        every = tuple(role for group in ROLES.values() for role in group)
-        found: list[str] = []
-        for word in (part.strip() for part in self.targets.split(",")):
-            if word not in ("all", *ROLES, *every):
-                raise RecipeError(
-                    f"targets={self.targets!r} names {word!r}; allowed: all, {', '.join((*ROLES, *every))}, with commas"
-                )
-            found += every if word == "all" else ROLES.get(word, (word,))
-        return tuple(dict.fromkeys(found))
 
     def learner(self, job: TrainJob) -> Learner:
         """The base with a fresh adapter, which alone learns."""
@@ -135,15 +135,21 @@ class Adapter(LoopFields, SignalFields, DataFields):
         torch.manual_seed(self.seed)
         if self.kind == "bottleneck":
             return self._bottleneck(loaded, job)
+        if self.merge:
+            require_mergeable(loaded, [module_path(linear) for linear, _ in self._linears(loaded)])
         peft = require_peft()
         adaptable_(loaded.model)
+        held = self._bases(loaded, job)
         model = wrapped(loaded.model, self._config(peft, loaded))
+        hold_bases_(model, held)
         if self.start == "residual":
             _start_with_residual_(model, loaded, job)
         if self.start == "eva" and not checkpoints(job.folder):  # a checkpoint holds what it led to
             _start_with_inputs_(model, loaded, self)
 
         def write(record: dict[str, Any]) -> None:
+            record = {**record, "parameters": learning(model)}
+            release_bases_(model, held)
             if self.merge:
                 _write_adapter(model, loaded.folder, job.folder / "adapter", record)
                 merge_adapter(job.model, job.folder / "adapter", job.output, generic=job.generic, record=record)
@@ -158,23 +164,37 @@ class Adapter(LoopFields, SignalFields, DataFields):
 
         def write(record: dict[str, Any]) -> None:
             write_bottleneck(model, "default", self.rank, job.output)
-            _write_record(model, loaded.folder, job.output, record)
+            _write_record({**record, "parameters": learning(model)}, loaded.folder, job.output)
 
         return Learner(loaded=loaded, model=model, write=write)
+
+    def _linears(self, loaded: LoadedModel) -> list[tuple[Linear, int]]:
+        """The matrices that get LoRA, each with its rank, which is at most its smaller side."""
+        ranks = parsed_ranks(self.ranks)
+        found = target_linears(loaded, parsed_roles(self.targets))
+        return [(linear, min(ranks.get(linear.role, self.rank), *linear.shape)) for linear in found]
+
+    def _bases(self, loaded: LoadedModel, job: TrainJob) -> Bases:
+        if self.kind not in CORES:
+            return {}
+        return bases(loaded, self._linears(loaded), self.kind, self, job.folder)
 
     def _config(self, peft: Any, loaded: LoadedModel) -> Any:
         if self.kind in VIRTUAL:
             cls = peft.PromptTuningConfig if self.kind == "prompt" else peft.PrefixTuningConfig
             return cls(task_type="CAUSAL_LM", num_virtual_tokens=self.virtual_tokens)
         if self.kind == "ia3":
-            scaled = [_path(x) for x in _targets(loaded, ("key", "value", "down"))]
-            after = [_path(x) for x in _targets(loaded, ("down",))]
+            scaled = [module_path(x) for x in target_linears(loaded, ("key", "value", "down"))]
+            after = [module_path(x) for x in target_linears(loaded, ("down",))]
             return peft.IA3Config(task_type="CAUSAL_LM", target_modules=scaled, feedforward_modules=after)
+        linears = self._linears(loaded)
+        others = {module_path(linear): rank for linear, rank in linears if rank != self.rank}
         eva = {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)} if self.start == "eva" else {}
         return peft.LoraConfig(
             **eva, task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
             use_rslora=self.kind == "rslora", use_dora=self.kind == "dora",
-            target_modules=[_path(x) for x in _targets(loaded, self.roles())],
+            target_modules=[module_path(linear) for linear, _ in linears], rank_pattern=others,
+            alpha_pattern={} if self.kind == "rslora" else {k: self.alpha * v / self.rank for k, v in others.items()},
         )  # fmt: skip
 
 
@@ -275,6 +295,8 @@ def merge_adapter(
     peft = require_peft()
     loaded = load(model, generic=generic, dense=True)
     check_adapter(adapter, loaded.folder)
+    told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    require_mergeable(loaded, told.get("target_modules") or ())
     with _no_warnings():
         adapted = peft.PeftModel.from_pretrained(loaded.model, str(adapter))
         if not hasattr(adapted.base_model, "merge_and_unload"):
@@ -289,28 +311,18 @@ def _write_adapter(model: Any, base: Path, folder: Path, record: Mapping[str, An
         config.base_model_name_or_path = None  # the path of this machine is nobody else's
     with _no_warnings():
         model.save_pretrained(str(folder), save_embedding_layers=False)
-    _write_record(model, base, folder, record)
+    _write_record(record, base, folder)
 
 
-def _write_record(model: nn.Module, base: Path, folder: Path, record: Mapping[str, Any]) -> None:
+def learning(model: nn.Module) -> int:
+    """How many parameters learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _write_record(record: Mapping[str, Any], base: Path, folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
-    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    told = {**record, "base_files": Checkpoint.open(base).file_hashes(), "parameters": counted}
+    told = {**record, "base_files": Checkpoint.open(base).file_hashes()}
     write_json(folder / RECORD, {"schema": 1, **told, "sha256": file_sha256(weights), "bytes": weights.stat().st_size})
-
-
-def _targets(loaded: LoadedModel, roles: tuple[str, ...]) -> list[Linear]:
-    found = [x for x in loaded.anatomy.linears() if x.slot.index is None and x.role in roles]
-    if loaded.anatomy.family == "generic":
-        found = list(loaded.anatomy.linears())
-    if not found:
-        known = ", ".join(sorted({linear.role for linear in loaded.anatomy.linears()}))
-        raise RecipeError(f"no linear of this model has one of the roles {', '.join(roles)}; it has {known}")
-    return found
-
-
-def _path(linear: Linear) -> str:
-    return linear.slot.parameter.removesuffix(".weight")
 
 
 def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> None:
@@ -327,7 +339,7 @@ def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> Non
     if why is not None:
         raise RecipeError(f"start=residual compares the base's weights with the original's, and {why}; use start: zero")
     for linear in loaded.anatomy.linears():
-        module = loaded.model.get_submodule(_path(linear))
+        module = loaded.model.get_submodule(module_path(linear))
         if not hasattr(module, "lora_A"):
             continue
         lost = (

@@ -61,6 +61,9 @@ class LoopFields:
     held_back: int = field(
         default=8, metadata={"help": "windows from the end of the text that no step sees; 0 for none", "minimum": 0}
     )
+    held_back_text: str | None = field(
+        default=None, metadata={"help": "UTF-8 text to hold back instead, from its beginning; steps see all of text"}
+    )
     look_every: int = field(default=20, metadata={"help": "steps between looks at the windows held back", "minimum": 1})
     patience: int = field(default=5, metadata={"help": "looks without a gain before it stops", "minimum": 1})
     keep: Literal["best", "last"] = field(

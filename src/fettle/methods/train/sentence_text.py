@@ -10,7 +10,7 @@ import torch
 from fettle.data.windows import Text, read_text
 from fettle.errors import UsageError
 from fettle.methods.train.options import LoopFields
-from fettle.methods.train.text_mix import TrainingText, cut_off
+from fettle.methods.train.text_mix import TrainingText, cut_texts
 
 
 def sentences(tokenizer: Any, loop: LoopFields) -> TrainingText:
@@ -26,7 +26,7 @@ def sentences(tokenizer: Any, loop: LoopFields) -> TrainingText:
         texts.append(read_text(loop.replay))
         counts.append(round(loop.windows * loop.replay_share))
         counts[0] -= counts[1]
-    parts = [cut_off(text, loop.held_back > 0) for text in texts]
+    parts = cut_texts(texts, loop)
     learned: list[str] = []
     for number, ((first, _), count) in enumerate(zip(parts, counts, strict=True)):
         lines = _lines(first)

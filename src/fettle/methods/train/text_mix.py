@@ -1,8 +1,9 @@
 """Training windows: what a run learns from, what it is stopped by, and in which order windows come.
 
 The text is cut once, by characters: its last part is held back for early stopping, windows for learning are drawn from
-the rest, so that no step sees what it is judged by. (Neither is the held-out text that an evaluation uses.) With a
-replayed text a share of the windows comes from there: old data against forgetting.
+the rest, so that no step sees what it is judged by; where a text of its own is held back, nothing is cut. (Neither is
+the held-out text that an evaluation uses.) With a replayed text a share of the windows comes from there: old data
+against forgetting.
 
 The order of windows is a list that the seed gives: whole passes, each shuffled anew. A step is a row of that list, so a
 resumed run, and one on two processes, takes the same windows in the same steps.
@@ -11,6 +12,7 @@ resumed run, and one on two processes, takes the same windows in the same steps.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +66,7 @@ def training_text(
     if fields.replay is not None:
         texts.append(read_text(fields.replay))
         counts.append(round(fields.windows * fields.replay_share))
-    parts = [cut_off(text, fields.held_back > 0) for text in texts]
+    parts = cut_texts(texts, fields)
     if written is not None:
         texts.append(written)
         counts.append(max(1, round(fields.windows * written_share)))
@@ -102,7 +104,14 @@ def training_text(
 
 def learning_part(fields: LoopFields) -> Text:
     """The text without what is held back."""
-    return cut_off(read_text(fields.text), fields.held_back > 0)[0]
+    return cut_texts([read_text(fields.text)], fields)[0][0]
+
+
+def cut_texts(texts: Sequence[Text], fields: LoopFields) -> list[tuple[Text, Text]]:
+    """Of each text: what windows are drawn from, and what is held back, a text of its own where one is named."""
+    if fields.held_back_text is None:
+        return [cut_off(text, fields.held_back > 0) for text in texts]
+    return [(text, read_text(fields.held_back_text)) for text in texts]
 
 
 def cut_off(text: Text, hold_back: bool) -> tuple[Text, Text]:

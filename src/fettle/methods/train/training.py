@@ -164,4 +164,4 @@ def _record(method: TrainMethod, job: TrainJob, text: TrainingText, curve: Curve
     }
 
 
-PATHS = ("text", "replay", "teacher")  # fields that name files of a machine
+PATHS = ("text", "held_back_text", "replay", "teacher")  # fields that name files of a machine
