@@ -131,7 +131,7 @@ def _series(row: Row) -> str:
     method = str(row["method"])
     if "mix of a budget" in method:
         return "fettle mix, then qat" if method.endswith("then qat") else "fettle mix of a budget"
-    first = method.split(" ")[0]
+    first = method.split(" ", maxsplit=1)[0]
     return f"fettle {first}" if row["ours"] else first
 
 
