@@ -174,13 +174,13 @@ class Bench:
         key = self._key(**what) if mix.training is None else self._key(**what, training=mix.training)
 
         def measure() -> Row:
-            started = time.monotonic()
-            folder, before = self._mixed(mix, self._key(**what)), 0.0
+            folder = self._mixed(mix, self._key(**what))
+            seconds = mixing_seconds(folder)
             with tempfile.TemporaryDirectory() as temporary:
                 if mix.training is not None:
-                    before, started = mixing_seconds(folder), time.monotonic()
+                    started = time.monotonic()
                     folder = self._trained(folder, Path(temporary), mix.training)
-                seconds = before + time.monotonic() - started
+                    seconds += time.monotonic() - started
                 row = {"seconds": round(seconds, 2), "version": fettle.__version__, "width": mix.width}
                 return row | self.evaluate(folder)
 
@@ -189,7 +189,7 @@ class Bench:
     def _mixed(self, mix: Mix, key: str) -> Path:
         """The folder that the budget gives; made once and kept."""
         output: Path = self.args.results.parent / "mixes" / key
-        if not (output / "fettle.json").is_file():
+        if not output.with_suffix(".seconds").is_file():
             calibration = {"windows": self.args.windows, "length": self.args.length, "text": self.args.calibration}
             # of the recipe a budget takes the calibration alone
             recipe = parse_recipe(

@@ -24,16 +24,13 @@ TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """A budget of `bits_per_weight` over `candidates`; `training` holds the fields of `qat` afterwards, None for none.
-
-    Two mixes that differ in training alone are the same mix.
-    """
+    """A budget of `bits_per_weight` over `candidates`; `training` holds the fields of a `qat` afterwards."""
 
     label: str
     width: int
     bits_per_weight: float
     candidates: tuple[str, ...]
-    training: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
+    training: dict[str, Any] | None = None
 
 
 def mixes(width: int) -> Iterator[Mix]:

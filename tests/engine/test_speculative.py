@@ -404,3 +404,22 @@ def test_a_rest_ends_where_a_request_comes_or_goes(change: str) -> None:
         payoff.forget(sequence)
     running = {"one comes": [sequence, sequence_of([3])], "nobody is left": []}.get(change, [sequence])
     assert payoff.rests(running, drafter) == (change == "none")
+
+
+def test_a_rest_that_has_not_begun_ends_as_well() -> None:
+    """A request that comes between the step that asked for a rest and the first step of it is asked about."""
+    payoff, sequence, drafter = Payoff(4), sequence_of([1, 2]), Reluctant(nothing=False)
+    while step_of(payoff, sequence, drafter) or len(drafter.asked) < 5:
+        pass
+    payoff.begin(1)  # a request waits: the step is not a resting one
+    asked = len(drafter.asked)
+    step_of(payoff, sequence, drafter)
+    assert len(drafter.asked) > asked
+
+
+def test_idle_steps_pay_nothing_in() -> None:
+    payoff, drafter = Payoff(4), Reluctant(nothing=False)
+    before = payoff.balance
+    assert not any(payoff.rests([], drafter) for _ in range(100))
+    payoff.begin(0)
+    assert payoff.balance == before

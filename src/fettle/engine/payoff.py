@@ -140,6 +140,8 @@ class Payoff:
 
     def rests(self, sequences: Collection[Sequence], drafter: Drafter) -> bool:
         """Whether the next step of all unfinished sequences, these, is a plain one; then no more is told of it."""
+        if not sequences:  # an idle step pays nothing in
+            return False
         if len(sequences) == self._requests and self._owed < LONGEST_SILENCE:
             if self._left > 0:
                 self._left -= 1
@@ -155,6 +157,7 @@ class Payoff:
         """A step with so many decoding sequences is about to be planned."""
         if self._owed:
             self._settle()
+        self._left = 0  # a rest that has not begun ends here as well
         self._rows = max(1, rows)
         self._promised, self._longest, self._lent = 0.0, 0, 0.0
         self._dull, self._longest_rest = 0, LONGEST_REST
@@ -206,7 +209,7 @@ class Payoff:
             size.fade(1)
             self._waited += 1
             if self._dull >= self._rows:
-                self._left = self._rest = min(2 * self._rest, self._longest_rest)
+                self._left = self._rest = max(1, min(2 * self._rest, self._longest_rest))
             return
         self._rest = 1
         if size.plain is not None:

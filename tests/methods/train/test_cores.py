@@ -53,7 +53,7 @@ def test_words_of_targets_and_ranks() -> None:
     for wrong in ("head", "head=0", "head=x", "crown=2"):
         with pytest.raises(RecipeError, match=r"ranks.*allowed"):
             parsed_ranks(wrong)
-    with pytest.raises(RecipeError, match="names head, which targets='mlp' leaves out"):
+    with pytest.raises(RecipeError, match="names head, which targets leaves out; allowed here: gate"):
         Adapter(targets="mlp", ranks="head=2").validate()
 
 

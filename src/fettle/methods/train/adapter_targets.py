@@ -49,6 +49,21 @@ def parsed_ranks(ranks: str | None) -> dict[str, int]:
     return found
 
 
+def check_ranks(ranks: str | None, roles: Collection[str]) -> None:
+    """Checks that every word of `ranks` names one of these roles at least.
+
+    Raises:
+        RecipeError: one names none.
+    """
+    for word in (ranks or "").split(",") if ranks else ():
+        named = parsed_ranks(word)
+        if not set(named) & set(roles):
+            raise RecipeError(
+                f"ranks={ranks!r} names {word.partition('=')[0].strip()}, which targets leaves out; allowed here: "
+                f"{', '.join(roles)}"
+            )
+
+
 def target_linears(loaded: LoadedModel, roles: Iterable[str]) -> list[Linear]:
     """The model's matrices that have one of these roles; every linear of the blocks for a family without a table.
 
@@ -82,12 +97,17 @@ def require_mergeable(loaded: LoadedModel, paths: Collection[str]) -> None:
         UsageError: one of them is the head or the embedding, and both are one matrix.
     """
     anatomy = loaded.anatomy
-    shared = [x for x in (anatomy.head, anatomy.embedding) if x is not None and module_path(x) in paths]
+    shared = [x for x in (anatomy.head, anatomy.embedding) if x is not None and _named(module_path(x), paths)]
     if anatomy.tied and shared:
         raise UsageError(
             f"head and embedding of {loaded.folder} share one matrix, so an adapter of the {shared[0].role} cannot be "
             "merged; leave merge and use it beside the base, or targets without head and embedding"
         )
+
+
+def _named(path: str, targets: Collection[str]) -> bool:
+    """Whether PEFT's targets, which may be the ends of paths, name this module."""
+    return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
 def _of_word(word: str, key: str) -> tuple[str, ...]:

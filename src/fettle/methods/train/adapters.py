@@ -38,7 +38,8 @@ from fettle.data.windows import calibration_windows
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.layers import QuantizedLinear
 from fettle.methods.train.adapter_targets import (
-    IN_BLOCKS,
+    OUTSIDE,
+    check_ranks,
     module_path,
     parsed_ranks,
     parsed_roles,
@@ -65,6 +66,7 @@ from fettle.models.writer import write_json
 
 Kind = Literal["lora", "rslora", "dora", "lora_xs", "lora_sb", "ia3", "prompt", "prefix", "bottleneck"]
 VIRTUAL = ("prompt", "prefix")
+RANKED = ("lora", "rslora", "dora", *CORES)
 RECORD = "fettle_adapter.json"
 EVA_WINDOWS = 32
 
@@ -119,10 +121,14 @@ class Adapter(LoopFields, SignalFields, DataFields):
                 "gradient_checkpointing: false, or use lora"
             )
         roles = parsed_roles(self.targets)
-        strays = sorted(set(parsed_ranks(self.ranks)) - set(roles) - set(IN_BLOCKS))
-        if strays:
+        check_ranks(self.ranks, roles)
+        if self.ranks is not None and self.kind not in RANKED:
+            raise RecipeError(f"ranks={self.ranks} with kind={self.kind}, which has none; allowed: {', '.join(RANKED)}")
+        outside = [role for role in roles if role in OUTSIDE]
+        if outside and (self.kind not in RANKED or self.start != "zero"):
             raise RecipeError(
-                f"ranks={self.ranks!r} names {strays[0]}, which targets={self.targets!r} leaves out; add it"
+                f"targets={self.targets!r} names {outside[0]}, where kind={self.kind} with start={self.start} has no "
+                f"place; allowed there: {', '.join(RANKED)}, with start: zero"
             )
         if self.start != "zero" and self.kind not in ("lora", "rslora"):
             raise RecipeError(f"start={self.start} is LoRA's, got kind={self.kind}; use lora or rslora, or start: zero")

@@ -6,7 +6,7 @@
 
 As in `fake_quantization.py` (straight through; LSQ's equation 3), with the lattice's cell in the place of the gap
 between two levels. PV-Tuning (Malinovskii et al. 2024, https://arxiv.org/abs/2405.14852) trains vector codes too, and
-holds that straight-through estimates are worse than its alternation; what ours wins is measured in `docs/results.md`.
+holds that straight-through estimates are worse than its alternation, which was not tried here.
 
 An eight that is less than the packing radius from the entry that it started with keeps it, so that codes which a search
 by the inputs' gram has chosen do not fall to plainly nearer ones before anything has learned. All others get the
@@ -62,7 +62,11 @@ class FakeVectorLinear(FakeLinear[VectorTensor]):
         super().__init__(scaled(latent, base, start.scheme)[:, : start.shape[1]], bias)
         self.scheme, self._shape = start.scheme, start.shape
         self._scales = StoredScales(start.scheme, start.tensor_scale)
-        self._base, self._codes, self._units = base, start.codes, units
+        for name, value in (("_base", base), ("_codes", start.codes), ("_units", units)):
+            self.register_buffer(name, value, persistent=False)  # where the weights go, they go
+        self._base: Tensor
+        self._codes: Tensor
+        self._units: Tensor
         self.log_scale = nn.Parameter(torch.zeros_like(base))
 
     @property
@@ -102,7 +106,8 @@ class FakeVectorLinear(FakeLinear[VectorTensor]):
         """Codes and units [out, columns] of such places."""
         left = lengths(latent - self._units) > PACKING_RADIUS * min(self.scheme.ratios)
         codes, units = self._codes.clone(), self._units.clone()
-        found, entries = nearest_entries(latent.view(*left.shape, DIMENSION)[left], self.scheme)
-        codes[left] = found
-        units.view(*left.shape, DIMENSION)[left] = entries
+        moved = latent.view(*left.shape, DIMENSION)[left]
+        found, entries = nearest_entries(moved.cpu(), self.scheme)
+        codes[left] = found.to(moved.device)
+        units.view(*left.shape, DIMENSION)[left] = entries.to(moved.device)
         return codes, units

@@ -81,6 +81,11 @@ class LoopFields:
             raise RecipeError(
                 f"accumulate={self.accumulate} does not divide batch_windows={self.batch_windows}; allowed: a divisor"
             )
+        if self.held_back_text is not None and (self.held_back == 0 or self.held_back_text == self.text):
+            raise RecipeError(
+                f"held_back_text={self.held_back_text} with held_back={self.held_back} and text={self.text}: no step "
+                "sees it; allowed: another text than text, and held_back of at least 1"
+            )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise RecipeError(f"minutes={self.minutes} cannot be; allowed: numbers above 0, or none for no limit")
 

@@ -6,7 +6,7 @@ that were chosen, to where the original's weights lie. The loss is that of disti
 (LLM-QAT, Liu et al. 2023, https://arxiv.org/abs/2305.17888), so labels are not needed.
 
 With `grid: ternary, granularity: tensor` (and inputs of 8 bits) it is BitNet b1.58's training, from a pretrained model;
-`grid: binary` that of binary weights. What learns, and how: `fake_quantization.py`.
+`grid: binary` that of binary weights. What learns, and how: `fake_quantization.py`; of vector codes: `fake_vectors.py`.
 
 Cost: a training step with one more rounding of every weight, and the teacher's forward pass.
 """
@@ -58,7 +58,7 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
     )
     rate_in: Literal["weights", "levels"] = field(
         default="weights",
-        metadata={"help": "what the learning rate counts: weights, or levels of the codes that a weight moves between"},
+        metadata={"help": "what a rate counts: weights, or levels of codes (norms keep the rate as it is)"},
     )
     trains: Literal["codes", "blocks"] = field(
         default="blocks", metadata={"help": "codes and scales alone, or norms and biases of the blocks as well"}

@@ -82,21 +82,23 @@ def training_text(
             learned += _whole(drawn, fields.length)
             drawn_from += [number] * (len(learned) - len(drawn_from))
             notes += [drawn.note] if drawn.note else []
+    apart = [parts[0][1]] if fields.held_back_text is not None else []  # a text of its own counts as well
     kept: list[Tensor] = []
     if fields.held_back:
         last = parts[0][1]
         cut = evaluation_windows(tokenizer, last, length=fields.length, max_tokens=fields.held_back * fields.length)
         kept = _whole(cut, fields.length)[: fields.held_back]
     if not learned or (fields.held_back and not kept):
+        short = parts[0][1].source if learned else texts[0].source
         raise UsageError(
-            f"{texts[0].source} is too short for windows of {fields.length} tokens to learn from and to hold back; "
+            f"{short} is too short for windows of {fields.length} tokens to learn from and to hold back; "
             "give a longer text, a smaller length, or held_back: 0"
         )
     return TrainingText(
         ids=torch.stack(learned + kept),
         learned=len(learned),
         sources=tuple(text.source for text in texts),
-        sha256=hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest(),
+        sha256=hashlib.sha256("".join(text.sha256 for text in (*texts, *apart)).encode()).hexdigest(),
         note="; ".join(notes),
         tasks=tuple(drawn_from),
     )
