@@ -2,7 +2,7 @@
 
 A mix is chosen and compressed once, and kept beside the results; a contender that trains goes on from it, with the
 same calibration windows as everybody and no other text: `qat`, taught by the original. Its fields were chosen on
-stories260K with text that is not scored (`docs/log.md`).
+stories260K, mostly with text that is not scored (`docs/log.md` says which looks were on the scored one).
 """
 
 from __future__ import annotations
