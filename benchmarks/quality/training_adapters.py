@@ -24,16 +24,16 @@ MOST = "query,value,output,mlp"  # all roles but the key's: on the embedded mode
 WITH_HEAD = {"targets": "all,head", "rank": 20, "alpha": 20.0, "ranks": "head=90"}  # cores of 20² and 90²: 0.48%
 # fields, and the step sizes to choose from where --adapter-rates gives none
 KINDS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "prompt, 2 tokens": ({"kind": "prompt", "virtual_tokens": 2}, (0.1,)),
-    "prompt, 16 tokens": ({"kind": "prompt", "virtual_tokens": 16}, (0.1,)),
-    "prefix, 4 tokens": ({"kind": "prefix", "virtual_tokens": 4}, (0.1,)),
-    "ia3": ({"kind": "ia3"}, (0.03,)),
-    "bottleneck, width 8": ({"kind": "bottleneck", "rank": 8}, (0.01,)),
+    "prompt, 2 tokens": ({"kind": "prompt", "virtual_tokens": 2}, (0.03, 0.1, 0.3)),
+    "prompt, 16 tokens": ({"kind": "prompt", "virtual_tokens": 16}, (0.03, 0.1, 0.3)),
+    "prefix, 4 tokens": ({"kind": "prefix", "virtual_tokens": 4}, (0.03, 0.1, 0.3)),
+    "ia3": ({"kind": "ia3"}, (0.01, 0.03, 0.1)),
+    "bottleneck, width 8": ({"kind": "bottleneck", "rank": 8}, (0.003, 0.01, 0.03)),
     "lora, rank 1, mlp": ({"rank": 1, "alpha": 2.0, "targets": "mlp"}, (0.02,)),
     "lora, rank 2, attention": ({"rank": 2, "alpha": 4.0, "targets": "attention"}, (0.02,)),
-    "lora, rank 1, all but keys": ({"rank": 1, "alpha": 2.0, "targets": MOST}, (0.02,)),
+    "lora, rank 1, all but keys": ({"rank": 1, "alpha": 2.0, "targets": MOST}, (0.01, 0.02, 0.04)),
     "dora, rank 1, mlp": ({"kind": "dora", "rank": 1, "alpha": 2.0, "targets": "mlp"}, (0.02,)),
-    "lora_sb, blocks and head": ({"kind": "lora_sb", **WITH_HEAD}, (0.03,)),
+    "lora_sb, blocks and head": ({"kind": "lora_sb", **WITH_HEAD}, (0.015, 0.03, 0.06)),
     "lora_xs, blocks and head": ({"kind": "lora_xs", **WITH_HEAD}, (0.02,)),
     "lora, rank 3, all": ({"rank": 3, "alpha": 6.0}, (0.01,)),
     "lora, rank 8, all": ({"rank": 8}, (0.005,)),
