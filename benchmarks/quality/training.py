@@ -22,7 +22,7 @@ from pathlib import Path
 from training_adapters import KINDS, adapters
 from training_bench import Bench
 from training_codes import codes, ternary
-from training_students import SIGNALS, narrowed, student
+from training_students import SEVERAL, SIGNALS, narrowed, student
 
 PARTS = {"codes": codes, "ternary": ternary, "student": student, "narrowed": narrowed, "adapters": adapters}
 
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--student-map", default="uniform", help="which blocks a student keeps: uniform, influence, …")
     found.add_argument("--student-rate", type=float, default=1e-3)
     found.add_argument(
-        "--signals", default="hard labels+soft labels", help=f"{'; '.join(SIGNALS)}; two teachers; with +"
+        "--signals", default="hard labels+soft labels", help=f"{'; '.join((*SIGNALS, *SEVERAL))}; with +"
     )
     found.add_argument("--shapes", default="narrow", help="narrow, resize; with commas")
     found.add_argument(

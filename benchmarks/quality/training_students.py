@@ -1,4 +1,4 @@
-"""Smaller students and what heals them: each signal's part, a narrowed model healed, the chains of both."""
+"""Smaller students and what heals them: each signal's and each source's part, a narrowed model healed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ SIGNALS: dict[str, dict[str, Any]] = {
     "soft labels, value relations": {"values": 0.1},
     "soft labels, hard labels": {"hard": 0.5, "soft": 0.5},
     "hard labels, a quarter soft": {"hard": 1.0, "soft": 0.25},
+    # what is read in place of a part of the text, or in which order; soft labels
+    "a quarter written by the teacher": {"written": 0.25},
+    "a quarter written by the student": {"on_policy": 0.25},
+    "a quarter where both differ most": {"adversarial": 0.25},
+    "easy windows first": {"curriculum": "teacher"},
 }
+SEVERAL = {"two teachers": "fixed", "two teachers, by loss": "loss", "two teachers, by agreement": "agreement"}
 
 
 def student(bench: Bench) -> None:
@@ -32,19 +38,19 @@ def student(bench: Bench) -> None:
     share = parameters(made) / parameters(fettle.load(a.model).folder)
     _told(bench, "untrained", made, parameters=share, times_faster=faster(bench, made))
     for name in a.signals.split("+"):
-        fields = SIGNALS[name] if name in SIGNALS else _several(bench)
+        fields = SIGNALS[name] if name in SIGNALS else _several(bench, SEVERAL[name])
         method = Distill(**bench.fields(learning_rate=a.student_rate, **fields))
         output, told = bench.trained(f"student {name}", method, made)
         _told(bench, name, output, **told)
 
 
-def _several(bench: Bench) -> dict[str, Any]:
+def _several(bench: Bench, weighting: str) -> dict[str, Any]:
     """Two teachers: the original, and the original after as many steps on the text alone."""
     a = bench.arguments
     method = Distill(**bench.fields(hard=1.0, soft=0.0, learning_rate=a.student_rate / 4))
     second, told = bench.trained("second teacher", method, a.model)
     _told(bench, "second teacher", second, **told)
-    return {"teacher": f"{a.model},{second}"}
+    return {"teacher": f"{a.model},{second}", "teacher_weighting": weighting}
 
 
 def _told(bench: Bench, name: str, folder: Path, **more: Any) -> None:

@@ -26,25 +26,6 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A random BERT of 4 blocks, as sentence encoders come: no head, the tokenizer with a padding token."""
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    tokenizer = AutoTokenizer.from_pretrained(str(tiny_llama))
-    tokenizer.pad_token = "</s>"
-    tokenizer.save_pretrained(str(folder))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return folder
-
-
 def run(model: Path, text: Path, output: Path, **fields: Any) -> list[float]:
     method = Distill(**{**SMALL, "text": str(text), **fields})
     method.validate()

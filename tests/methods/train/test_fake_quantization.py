@@ -141,8 +141,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         check_scheme(scheme("learned", 3), "learned")
     with pytest.raises(RecipeError, match="has no zero point"):
         check_scheme(scheme(bits=2, zero_point=True), "mean")
-    static = Activations(dynamic=False, bits=8, granularity="tensor")
-    with pytest.raises(RecipeError, match="use activations: dynamic"):
-        check_scheme(scheme(activations=static), "learned")
+    unit = Activations(bits=4, granularity="tensor_group", grid="float")
+    with pytest.raises(RecipeError, match="nothing in it can learn"):
+        check_scheme(scheme(activations=unit), "learned")
     with pytest.raises(RecipeError, match="codes and their scales alone"):
         check_scheme(scheme(bits=4, scale_dtype="float8_e4m3fn"), "learned")

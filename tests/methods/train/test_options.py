@@ -24,7 +24,16 @@ from fettle.methods.train import TRAIN_METHODS, Distill
         ("distill", {"divergence": "backward"}, "forward, reverse, jensen_shannon"),
         ("distill", {"step": 3}, "did you mean 'steps'"),
         ("qat", {"grid": "learned"}, "learned levels have no scale"),
-        ("qat", {"activations": "static"}, "use activations: dynamic"),
+        (
+            "qat",
+            {
+                "activations": "dynamic",
+                "activation_grid": "float",
+                "activation_bits": 4,
+                "activation_granularity": "tensor_group",
+            },
+            "nothing in it can learn",
+        ),
         ("adapter", {"kind": "prompt", "merge": True}, "cannot be merged"),
         ("adapter", {"targets": "attention", "ranks": "query=2,down=4"}, "names down, which targets leaves out"),
         ("adapter", {"kind": "ia3", "ranks": "down=4"}, "ranks=down=4 with kind=ia3, which has none; allowed: lora"),

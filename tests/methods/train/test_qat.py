@@ -28,6 +28,12 @@ IDS = torch.arange(2, 22).unsqueeze(0)
 FORMS: dict[str, dict[str, Any]] = {
     "2 bits, zero points": {"bits": 2, "asymmetric": True},
     "inputs of 8 bits": {"bits": 4, "activations": "dynamic", "activation_bits": 8},
+    "inputs with a stored scale": {
+        "bits": 8,
+        "group_size": None,
+        "activations": "static",
+        "activation_asymmetric": True,
+    },
     "ternary in BitNet's way": {
         "grid": "ternary",
         "granularity": "tensor",
@@ -91,6 +97,20 @@ def test_codes_that_were_chosen_before_are_gone_on_from(tiny_llama: Path, traine
     assert any(not torch.equal(before.read(name), after.read(name)) for name in codes)
     schemes = [stored_schemes(c, read_anatomy(c)) for c in (before, after)]
     assert schemes[0] == schemes[1]
+
+
+def test_stored_input_scales_learn_on_from_the_codes(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:
+    """No step: the scales of the inputs come out as they were; steps: they move, and the file computes with them."""
+    base = tmp_path / "codes"
+    fettle.compress(tiny_llama, base, "w8a8-static", evaluate=False)
+    still, _ = trained(Qat, base, tiny_llama, learning_rate=0.0, steps=1)
+    moved, _ = trained(Qat, base, tiny_llama, learning_rate=1e-2, steps=3, keep="last")
+    before, same, after = (Checkpoint.open(folder) for folder in (base, still, moved))
+    scales = [name for name in before.entries if name.endswith("input_scale")]
+    assert scales
+    assert before.entries.keys() == same.entries.keys() == after.entries.keys()
+    assert all(torch.equal(before.read(name), same.read(name)) for name in before.entries)
+    assert all(not torch.equal(before.read(name), after.read(name)) for name in scales)
 
 
 def test_a_scheme_beside_that_of_the_codes_is_refused(tiny_llama: Path, trained: Trained, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.on_policy import resting
-from fettle.methods.train.text_mix import learning_part
+from fettle.methods.train.text_mix import learning_part, require_tokenizer
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint, file_sha256
@@ -364,6 +364,7 @@ def _start_with_inputs_(model: Any, loaded: LoadedModel, fields: LoopFields) -> 
     """A from the main directions of the inputs on some windows of the training text, by PEFT."""
     from peft import initialize_lora_eva_weights
 
+    require_tokenizer(loaded.tokenizer, loaded.folder)
     drawn = calibration_windows(
         loaded.tokenizer, learning_part(fields), windows=EVA_WINDOWS, length=fields.length, seed=fields.seed
     )

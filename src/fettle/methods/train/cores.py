@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 from fettle.data.windows import calibration_windows
 from fettle.methods.train.adapter_targets import module_path
 from fettle.methods.train.options import LoopFields
-from fettle.methods.train.text_mix import learning_part
+from fettle.methods.train.text_mix import learning_part, require_tokenizer
 from fettle.models.loading import LoadedModel
 from fettle.models.parts import Linear
 from fettle.models.writer import write_shard
@@ -118,6 +118,7 @@ def loss_gradients(loaded: LoadedModel, linears: Sequence[Linear], fields: LoopF
     From the inputs and the outputs' gradients of the modules, so codes and tied matrices have one, too: a head's own
     share, an embedding's own share, transposed to [hidden, vocabulary].
     """
+    require_tokenizer(loaded.tokenizer, loaded.folder)
     drawn = calibration_windows(
         loaded.tokenizer, learning_part(fields), windows=GRADIENT_WINDOWS, length=fields.length, seed=fields.seed
     )

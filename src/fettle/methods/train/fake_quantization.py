@@ -15,7 +15,8 @@ Two rules for s:
               ternary in BitNet b1.58's way (https://arxiv.org/abs/2402.17764, equations 1 to 3, with granularity:
               tensor) and binary in XNOR-Net's (https://arxiv.org/abs/1603.05279)
 
-Inputs are rounded by the same `InputQuantizer` that a loaded model runs, straight through as well. What is exported is
+Inputs are rounded by the same `InputQuantizer` that a loaded model runs, straight through as well; where their scale is
+stored, it learns, too (`fake_inputs.py`). What is exported is
 `quantized()`: the codes of the last forward pass, so the written file decodes to exactly the weights that were used.
 
 Cost: one rounding of every weight a step; memory the weight twice.
@@ -24,6 +25,7 @@ Cost: one rounding of every weight a step; memory the weight twice.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -32,7 +34,8 @@ from torch.nn.functional import linear, pad
 
 from fettle.errors import RecipeError
 from fettle.methods.quantize.ranges import in_groups, stored_scale
-from fettle.tensors.activations import InputQuantizer
+from fettle.methods.train.fake_inputs import LearnedInputs
+from fettle.tensors.activations import InputQuantizer, InputScale
 from fettle.tensors.quantized import QuantizedTensor, dequantize_rows, expand_groups, quantize_rows
 from fettle.tensors.scales import Shared
 from fettle.tensors.scheme import Scheme
@@ -93,6 +96,7 @@ class FakeLinear(nn.Module, Generic[Code_co]):
         weight: float32 [out, in], the latent weights, which learn.
         log_scale: float32 [rows, groups], the logarithm of what each scale is multiplied by; None where none learns.
         bias: of the linear that it replaces; None without.
+        inputs: what rounds the inputs where their scale is stored, and learns; None where not.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -100,6 +104,7 @@ class FakeLinear(nn.Module, Generic[Code_co]):
         self.weight = nn.Parameter(weight.detach().float().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.log_scale: nn.Parameter | None = None
+        self.inputs: LearnedInputs | None = None
         self._quantizer: InputQuantizer | None = None
 
     @abstractmethod
@@ -117,7 +122,8 @@ class FakeLinear(nn.Module, Generic[Code_co]):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        read = inputs if self._quantizer is None else self._quantizer(inputs)
+        rounded = self.inputs or self._quantizer
+        read = inputs if rounded is None else rounded(inputs)
         return linear(read, self.values().to(read.dtype), self.bias)
 
 
@@ -125,19 +131,31 @@ class FakeQuantizedLinear(FakeLinear[QuantizedTensor]):
     """One code for each weight; `scheme` is what the codes mean."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, scheme: Scheme, rule: ScaleRule, start: Shared | None = None
-    ) -> None:
-        """`start` holds the first scales and the zero points; the rule "mean" needs none."""
+        self, weight: Tensor, bias: Tensor | None, scheme: Scheme, rule: ScaleRule, start: Shared | None = None,
+        inputs: InputScale | None = None,
+    ) -> None:  # fmt: skip
+        """`start` holds the first scales and the zero points; the rule "mean" needs none.
+
+        `inputs` is the first scale of the inputs, where the scheme stores one.
+        """
         super().__init__(weight, bias)
         check_scheme(scheme, rule)
         self.scheme, self.rule = scheme, rule
-        self._base = self._zero_point = None
-        if rule == "learned":
-            assert start is not None
-            self._base, self._zero_point = start.scale.float(), start.zero_point
+        learned = start if rule == "learned" else None
+        for name, value in (
+            ("_base", None if learned is None else learned.scale.float()),
+            ("_zero_point", None if learned is None else learned.zero_point),
+        ):
+            self.register_buffer(name, value, persistent=False)  # where the weights go, they go
+        self._base: Tensor | None
+        self._zero_point: Tensor | None
+        if self._base is not None:
             self.log_scale = nn.Parameter(torch.zeros_like(self._base))
         if scheme.activations is not None:
             self._quantizer = InputQuantizer(activations=scheme.activations)
+        if scheme.has_input_scale:
+            assert scheme.activations is not None and inputs is not None
+            self.inputs = LearnedInputs(scheme.activations, inputs)
 
     @property
     def shared(self) -> Shared:
@@ -161,7 +179,8 @@ class FakeQuantizedLinear(FakeLinear[QuantizedTensor]):
     def quantized(self) -> QuantizedTensor:
         """The codes and scales of `values`."""
         shared = self.shared
-        return QuantizedTensor.of(quantize_rows(self.weight.detach(), shared, self.scheme), shared, self.scheme)
+        found = QuantizedTensor.of(quantize_rows(self.weight.detach(), shared, self.scheme), shared, self.scheme)
+        return found if self.inputs is None else replace(found, input_scale=self.inputs.stored())
 
 
 def check_scheme(scheme: Scheme, rule: ScaleRule) -> None:
@@ -172,8 +191,11 @@ def check_scheme(scheme: Scheme, rule: ScaleRule) -> None:
         raise RecipeError(f"qat trains codes and their scales alone; {scheme.describe()} has more than that")
     if rule == "mean" and scheme.zero_point:
         raise RecipeError("the scale mean |w| has no zero point; use asymmetric: false or scale_rule: learned")
-    if scheme.has_input_scale:
-        raise RecipeError("a stored input scale cannot be while the inputs still change; use activations: dynamic")
+    if scheme.activations is not None and scheme.activations.granularity == "tensor_group":
+        raise RecipeError(
+            "activation_granularity: tensor_group is the NV format's, whose stored number is a unit of scales that are "
+            "found on the spot, and nothing in it can learn; allowed: tensor, token, group"
+        )
 
 
 def mean_scale(weight: Tensor, scheme: Scheme) -> Tensor:

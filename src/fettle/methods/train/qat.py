@@ -5,6 +5,9 @@ learned rounding's) goes on from these: its scheme is kept, and the latent weigh
 that were chosen, to where the original's weights lie. The loss is that of distillation from the original
 (LLM-QAT, Liu et al. 2023, https://arxiv.org/abs/2305.17888), so labels are not needed.
 
+Inputs' codes learn beside them: with `activations: static` their scale as LSQ has it (`fake_inputs.py`); a dynamic
+one is found on the spot, and the weights learn to live with it.
+
 With `grid: ternary, granularity: tensor` (and inputs of 8 bits) it is BitNet b1.58's training, from a pretrained model;
 `grid: binary` that of binary weights. What learns, and how: `fake_quantization.py`; of vector codes: `fake_vectors.py`.
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from fettle.errors import RecipeError
 from fettle.methods.quantize.fields import GridFields
 from fettle.methods.quantize.sharing import choose_shared
+from fettle.methods.train.fake_inputs import observed_inputs
 from fettle.methods.train.fake_quantization import FakeLinear, FakeQuantizedLinear, check_scheme, leaning_start
 from fettle.methods.train.fake_vectors import FakeVectorLinear
 from fettle.methods.train.job import Learner, TrainJob
@@ -35,6 +39,7 @@ from fettle.models.loading import LoadedModel, load
 from fettle.models.parts import Linear
 from fettle.models.source import resolve
 from fettle.models.storage import StoredScheme, read_quantized, read_weight, stored_schemes
+from fettle.tensors.activations import InputScale
 from fettle.tensors.quantized import QuantizedTensor
 from fettle.tensors.scheme import Scheme
 from fettle.tensors.vectors import VectorTensor
@@ -93,11 +98,16 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             self._refuse_grid_fields(str(job.model))
         loaded = load(job.model, device=job.device, generic=job.generic, dense=True)
         linears = _trainable_linears(loaded, stored)
-        original = _original_weights(job)
+        original, inputs = _original_weights(job), self._first_input_scales(loaded, linears, stored)
         for linear in linears:
-            self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original)
+            self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original, inputs.get(linear.name))
         inside = {block.name + "." for block in anatomy.blocks}
-        swapped = {id(p) for m in loaded.model.modules() if isinstance(m, FakeLinear) for p in (m.weight, m.log_scale)}
+        swapped = {
+            id(p)
+            for m in loaded.model.modules()
+            if isinstance(m, FakeLinear)
+            for p in (m.weight, m.log_scale, m.inputs and m.inputs.log_scale)
+        }
         for name, parameter in loaded.model.named_parameters():
             in_block = self.trains == "blocks" and parameter.dim() == 1 and any(name.startswith(x) for x in inside)
             parameter.requires_grad_(id(parameter) in swapped or in_block)
@@ -115,7 +125,7 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
         found = {}
         for name, module in tree.named_modules():
             if isinstance(module, FakeLinear):
-                found[f"{name}.log_scale"] = self.scale_rate
+                found[f"{name}.log_scale"] = found[f"{name}.inputs.log_scale"] = self.scale_rate
                 found[f"{name}.weight"] = module.level_gap if self.rate_in == "levels" else 1.0
         return found
 
@@ -136,9 +146,19 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             else "pack-quantized"
         )
 
+    def _first_input_scales(
+        self, loaded: LoadedModel, linears: list[Linear], stored: dict[str, StoredScheme]
+    ) -> dict[str, InputScale]:
+        """What the observer finds on the training text, for a dense model whose inputs are to get a stored scale."""
+        dtype = _dtype(Checkpoint.open(loaded.folder))
+        if stored or not self.scheme(dtype).has_input_scale:
+            return {}
+        seen = observed_inputs(loaded, linears, self)
+        return {name: self.input_scale({"input_range": found}, dtype=dtype) for name, found in seen.items()}
+
     def _swap_(
         self, loaded: LoadedModel, checkpoint: Checkpoint, linear: Linear, stored: StoredScheme | None,
-        original: Callable[[Linear], Tensor | None],
+        original: Callable[[Linear], Tensor | None], inputs: InputScale | None,
     ) -> None:  # fmt: skip
         path = linear.slot.parameter.removesuffix(".weight")
         module = cast(nn.Linear, loaded.model.get_submodule(path))
@@ -146,7 +166,7 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             scheme: Scheme = self.scheme(_dtype(checkpoint))
             weight = module.weight.detach().float()
             start = choose_shared(weight, scheme, clip="search") if self.rule == "learned" else None
-            made: FakeLinear[Any] = FakeQuantizedLinear(weight, module.bias, scheme, self.rule, start)
+            made: FakeLinear[Any] = FakeQuantizedLinear(weight, module.bias, scheme, self.rule, start, inputs)
         else:
             made = _going_on(read_quantized(checkpoint, linear, stored), module, linear, original(linear))
         parent, _, leaf = path.rpartition(".")
@@ -165,7 +185,8 @@ def _going_on(found: CompressedWeight, module: nn.Linear, linear: Linear, origin
         )
     check_scheme(found.scheme, "learned")
     weight = leaning_start(found, original).to(device)
-    return FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared)
+    made = FakeQuantizedLinear(weight, module.bias, found.scheme, "learned", found.shared, found.input_scale)
+    return made.to(device)
 
 
 def _outside(checkpoint: Checkpoint, anatomy: Anatomy, stored: dict[str, StoredScheme]) -> dict[str, CompressedWeight]:

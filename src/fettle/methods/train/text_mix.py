@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,12 @@ def training_text(
         note="; ".join(notes),
         tasks=tuple(drawn_from),
     )
+
+
+def require_tokenizer(tokenizer: Any, model: str | Path) -> None:
+    """Raises UsageError where a model came without one."""
+    if tokenizer is None:
+        raise UsageError(f"{model} has no tokenizer files, and training reads text; give a folder that has them")
 
 
 def learning_part(fields: LoopFields) -> Text:

@@ -31,7 +31,7 @@ from fettle.methods.train.several import Several
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.gathering import gathered, teachers_text
 from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
-from fettle.methods.train.text_mix import TrainingText, training_text
+from fettle.methods.train.text_mix import TrainingText, require_tokenizer, training_text
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.source import resolve
 
@@ -65,8 +65,7 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
     loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)
-    if learner.loaded.tokenizer is None:
-        raise UsageError(f"{job.model} has no tokenizer files, and training reads text; give a folder that has them")
+    require_tokenizer(learner.loaded.tokenizer, job.model)
     if learner.loaded.anatomy.causal:
         written = teachers_text(loop, data, signals, job)
         text = training_text(learner.loaded.tokenizer, loop, written=written, written_share=data.written)
