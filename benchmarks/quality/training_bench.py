@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fettle
+from fettle.api.completing import complete
 from fettle.data.windows import evaluation_windows, read_text
 from fettle.methods.train.training import TrainJob, train
 from fettle.models.checkpoint import Checkpoint
@@ -62,7 +63,10 @@ class Bench:
         """The trained folder; steps, seconds and the held-back losses, the start's first."""
         name = name.replace(", ", "-").replace(" ", "-")
         output = self.folder / name
-        job = TrainJob(model=model, original=self.arguments.model, output=output, folder=self.folder / f"{name}.run")
+        job = TrainJob(
+            model=model, original=self.arguments.model, output=output, folder=self.folder / f"{name}.run",
+            complete=complete,
+        )  # fmt: skip
         told = self.folder / f"{name}.told.json"
         if not told.is_file():
             curve = train(method, job)
