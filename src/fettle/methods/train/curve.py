@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fettle.errors import NonFiniteError
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import wait_for_all
-from fettle.models.writer import sync_folder, write_json, write_shard
+from fettle.methods.train.sharding import write_whole
+from fettle.models.writer import sync_folder, write_json
 from fettle.progress import Task
 
 CHECKPOINTS, MARK, BEST = "checkpoints", "whole.json", "best.safetensors"
@@ -100,8 +101,8 @@ class Recorder:
         if not math.isfinite(loss):
             raise NonFiniteError(f"the held-back loss at step {step} is {loss}; use a smaller learning_rate")
         self.curve.held_back.append((step, loss))
-        if self.curve.best == (step, loss) and state.is_world_process_zero and self.fields.keep == "best":
-            write_shard(self.folder, BEST, trainable(self.objective))
+        if self.curve.best == (step, loss) and self.fields.keep == "best":
+            write_whole(self.folder, BEST, trainable(self.objective))
         if self.curve.misses() >= self.fields.patience:
             self.curve.stopped = f"{self.fields.patience} looks at the windows held back without a gain"
             control.should_training_stop = True
@@ -147,6 +148,7 @@ def drop_torn(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def trainable(module: nn.Module) -> dict[str, Tensor]:
+def trainable(module: nn.Module, *, detached: bool = True) -> dict[str, Tensor]:
     """The parameters that learn, by name; those that are one tensor under several names come once."""
-    return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}
+    found = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    return {name: value.detach() for name, value in found.items()} if detached else found

@@ -19,7 +19,7 @@ from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.distillation import Distillation
 from fettle.methods.train.encoders import encoder_objective, refuse_sources
-from fettle.methods.train.job import BeforeStep, Learner, TrainJob, TrainMethod
+from fettle.methods.train.job import Learner, TrainJob, TrainMethod
 from fettle.methods.train.layer_search import looked_at
 from fettle.methods.train.loop import Objective, run
 from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
@@ -39,15 +39,17 @@ from fettle.models.source import resolve
 class _OfLearner(Distillation):
     """The objective with a learner's own factors of the learning rate, and what it does before a step."""
 
-    factors: dict[str, float]
-    before_step: BeforeStep | None
+    learner: Learner
 
     def rates(self) -> dict[str, float]:
-        return {f"student.{start}": factor for start, factor in self.factors.items()}
+        return {f"student.{start}": factor for start, factor in self.learner.rates.items()}
 
     def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
-        if self.before_step is not None:
-            self.before_step(step, losses)
+        if self.learner.before_step is not None:
+            self.learner.before_step(step, losses)
+
+    def shared_out(self) -> None:
+        self.learner.shared_out()
 
 
 def train(method: TrainMethod, job: TrainJob) -> Curve:
@@ -124,7 +126,7 @@ def _objective(
         if signals.teacher_top_k is not None:
             answers = _kept(teacher, signals, text, job, names)
     objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers)
-    objective.factors, objective.before_step = learner.rates, learner.before_step
+    objective.learner = learner
     objective.fit_shapes(text.ids[:1].to(job.device))
     return objective.to(job.device)
 
