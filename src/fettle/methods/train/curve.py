@@ -148,7 +148,6 @@ def drop_torn(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def trainable(module: nn.Module, *, detached: bool = True) -> dict[str, Tensor]:
+def trainable(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that learn, by name; those that are one tensor under several names come once."""
-    found = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    return {name: value.detach() for name, value in found.items()} if detached else found
+    return {name: value.detach() for name, value in module.named_parameters() if value.requires_grad}

@@ -136,7 +136,7 @@ def hold_zeros_(tree: nn.Module) -> None:
         if not parameter.requires_grad or parameter.dim() < 2 or bool(kept.all()):
             continue
         if is_part(parameter):  # its gradient is put there, and nothing hung at the parameter itself is asked
-            parameter.register_post_accumulate_grad_hook(_mask_in_place(kept))
+            parameter.register_post_accumulate_grad_hook(_mask_in_place(kept))  # type: ignore[no-untyped-call]
         else:
             parameter.register_hook(_masked(kept))  # type: ignore[no-untyped-call]
 

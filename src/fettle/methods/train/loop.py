@@ -139,7 +139,7 @@ class _InOrder:
         if not is_shared_out(self.model):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        write_moments(Path(output_dir), self.optimizer, trainable(self.model, detached=False))
+        write_moments(Path(output_dir), self.optimizer, self.model)
         if is_main_process():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULE)
 
@@ -147,7 +147,7 @@ class _InOrder:
         if checkpoint is None or not (is_shared_out(self.model) or (Path(checkpoint) / MOMENTS).is_file()):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        read_moments(Path(checkpoint), self.optimizer, trainable(self.model, detached=False))
+        read_moments(Path(checkpoint), self.optimizer, self.model)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -208,7 +208,7 @@ def run(
 def take_(module: nn.Module, path: Path) -> None:
     """Puts the tensors of a file into the parameters of the same names, which must be those that learn."""
     learned = trainable(module)
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as file:
         if set(file.keys()) != learned.keys():
             raise RecipeError(f"{path} holds other parameters than learn now; start over with --fresh")
     for mine, value in read_parts(path, learned):

@@ -90,13 +90,15 @@ def gather_(objective: nn.Module, *, keep: bool) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of what may lie in parts; then every process must ask for the same tensors in the same order."""
-    found: Tensor = tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[operator]
+    part: Any = tensor
+    found: Tensor = part.full_tensor() if is_part(tensor) else tensor
     return found
 
 
 def own(tensor: Tensor) -> Tensor:
     """The rows of this process, in place; the tensor itself where it lies in no parts."""
-    found: Tensor = tensor.to_local() if is_part(tensor) else tensor  # type: ignore[operator]
+    part: Any = tensor
+    found: Tensor = part.to_local() if is_part(tensor) else tensor
     return found
 
 
@@ -116,17 +118,22 @@ def write_whole(folder: Path, filename: str, tensors: Mapping[str, Tensor]) -> N
 
 def read_parts(path: Path, like: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each tensor of `like`, and the rows of the file's tensor of that name that belong to this process."""
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, framework="pt") as file:
         for name, tensor in like.items():
             yield tensor, own_of(file.get_tensor(name).to(tensor.device), tensor)
 
 
-def write_moments(folder: Path, optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
-    """Writes the optimizer's state by the parameters' names."""
-    write_whole(folder, MOMENTS, _state(optimizer, parameters))
+def write_moments(folder: Path, optimizer: Any, module: nn.Module) -> None:
+    """Writes the optimizer's state by the parameters' names: exp_avg/…, exp_avg_sq/…, step/…"""
+    state = {
+        f"{kind}/{name}": value
+        for name, parameter in module.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+    write_whole(folder, MOMENTS, state)
 
 
-def read_moments(folder: Path, optimizer: Any, parameters: Mapping[str, Tensor]) -> None:
+def read_moments(folder: Path, optimizer: Any, module: nn.Module) -> None:
     """Gives the optimizer the state that `write_moments` wrote, whatever number of processes did.
 
     Raises:
@@ -138,7 +145,8 @@ def read_moments(folder: Path, optimizer: Any, parameters: Mapping[str, Tensor])
             f"{folder} was written by a run whose model was not shared out, and cannot be gone on from with shard; "
             "give the command without it, or start over with --fresh"
         )
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+    parameters = dict(module.named_parameters())
+    with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (no dictionary)
             kind, _, name = key.partition("/")
             value, parameter = file.get_tensor(key), parameters[name]
@@ -155,14 +163,6 @@ def without_accelerates() -> Iterator[None]:
     finally:
         if asked is not None:
             os.environ[ASKED] = asked
-
-
-def _state(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        f"{kind}/{name}": value
-        for name, parameter in parameters.items()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _as_parts(value: Tensor, like: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from fettle.methods.train.outputs import Observed, base_tree
 from fettle.methods.train.processes import is_main_process, process_group
 from fettle.methods.train.sentence_text import sentences
 from fettle.methods.train.several import Several
+from fettle.methods.train.sharding import is_asked
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.gathering import gathered, teachers_text
 from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
@@ -64,9 +65,11 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
             f"{job.model} stores the matrices of several blocks once, and a training would give each its own again; "
             "train before share_blocks, or share with written_out: true"
         )
+    loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)
+    if is_asked(loop):
+        _refuse_drawing(data)
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
-    loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)
     if learner.loaded.tokenizer is None:
         raise UsageError(f"{job.model} has no tokenizer files, and training reads text; give a folder that has them")
     if learner.loaded.anatomy.causal:
@@ -88,6 +91,16 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
+
+
+def _refuse_drawing(data: DataFields) -> None:
+    """Raises RecipeError for sources that the first process draws from the student alone, where it has parts of it."""
+    given = [f"{name}={getattr(data, name):g}" for name in ("on_policy", "adversarial") if getattr(data, name)]
+    if given:
+        raise RecipeError(
+            f"{' and '.join(given)}: the first process runs the student alone to draw these windows, and with shard it "
+            "holds a part of it; allowed with shard: the text, replay, written, curriculum. Leave one of them out"
+        )
 
 
 def _checkpoint_gradients_(tree: Any) -> None:
