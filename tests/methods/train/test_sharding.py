@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file
 from tests.apart import ROOT, run_together
 
+import fettle
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train import TRAIN_METHODS, loop
 from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import Curve, checkpoints
 from fettle.methods.train.job import TrainJob
-from fettle.methods.train.sharding import MOMENTS, own, write_moments
+from fettle.methods.train.sharding import ASKED, MOMENTS, is_asked, own, read_moments, shard_, write_moments
 from fettle.methods.train.training import train
-from fettle.models.writer import write_shard
+from fettle.pipeline.recipe import parse_recipe
 
 HOW: dict[str, Any] = {
     "steps": 6, "windows": 12, "length": 32, "batch_windows": 4, "look_every": 3, "checkpoint_every": 2, "held_back": 2,
@@ -75,7 +76,7 @@ def train_in_parts(model: Path, text: Path, output: Path, name: str, fields: dic
         write_json(path, content)
 
     def told(folder: Path, optimizer: Any, module: torch.nn.Module) -> None:
-        learning = [p for p in module.parameters() if p.requires_grad]
+        learning = [p for p in module.parameters() if p in optimizer.state]  # and have had a gradient
         held = {
             "values": sum(own(p).numel() for p in module.parameters()),
             "all values": sum(p.numel() for p in module.parameters()),
@@ -162,6 +163,33 @@ def test_two_processes_with_a_part_each_are_killed_and_go_on_as_one_would(
     same_result(tmp_path / "one", alone[0])
 
 
+def test_who_asks_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The field or accelerate's variable, among several processes."""
+    plain, shared = (TRAIN_METHODS["distill"](**HOW, shard=shard) for shard in (False, True))  # type: ignore[call-arg]
+    monkeypatch.delenv(ASKED, raising=False)
+    found = []
+    for count in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        found += [is_asked(plain), is_asked(shared)]
+    monkeypatch.setenv(ASKED, "true")
+    assert [*found, is_asked(plain)] == [False, False, False, True, True]
+
+
+def test_what_cannot_be_shared_out_is_refused(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drawn = {"on_policy": 0.5, "adversarial": 0.25, "shard": True, "prompt_tokens": 8}
+    with pytest.raises(RecipeError, match=r"on_policy=0\.5 and adversarial=0\.25: .* allowed with shard: the text"):
+        train_here(tiny_llama, text_file, tmp_path / "drawn", "distill", drawn)
+    odd = torch.nn.Module()
+    odd.register_parameter("size", torch.nn.Parameter(torch.ones(())))
+    with pytest.raises(RecipeError, match="size is a single number, which has no rows"):
+        shard_(odd, [])
+    with pytest.raises(UsageError, match="written by a run whose model was not shared out"):
+        read_moments(tmp_path, None, odd)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("training", TRAININGS)
 def test_every_training_has_the_course_and_the_result_of_one_process(
@@ -170,18 +198,17 @@ def test_every_training_has_the_course_and_the_result_of_one_process(
     name, fields = TRAININGS[training]
     curve = train_here(tiny_llama, text_file, tmp_path / "one", name, fields)
     assert in_two((tiny_llama, text_file, tmp_path / "two", name, fields, "nothing"), tmp_path) == [0, 0]
-    coarse = training == "bfloat16"
-    same_course(tmp_path / "two.run", curve, 1e-2 if coarse else 1e-4)
-    same_result(tmp_path / "two", tmp_path / "one", 0.5 if coarse else 0.005)
+    coarse = training == "bfloat16"  # sums of other windows round otherwise there, and AdamW's step has no size
+    same_course(tmp_path / "two.run", curve, 1e-3 if coarse else 1e-4)
+    if not coarse:
+        same_result(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.exhaustive
 def test_zeros_stay_zero_in_parts(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    import fettle
-
     pruned = tmp_path / "pruned"
     recipe = {"name": "half", "steps": [{"method": "magnitude", "sparsity": 0.5}]}
-    fettle.compress(tiny_llama, pruned, recipe, evaluate=False)
+    fettle.compress(tiny_llama, pruned, parse_recipe(recipe, "test"), evaluate=False)
     fields = {"keep_zeros": True, "hard": 1.0}
     curve = train_here(pruned, text_file, tmp_path / "one", "distill", fields)
     assert in_two((pruned, text_file, tmp_path / "two", "distill", fields, "nothing"), tmp_path) == [0, 0]
@@ -206,9 +233,7 @@ def test_launchers_share_a_model_out(
     command = [*(torchrun if launcher == "torchrun" else accelerate), str(script)]
     command += [str(tiny_llama), str(text_file), str(tmp_path / "two")]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
-    )
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     assert ended.returncode == 0, ended.stderr
     assert (checkpoints(tmp_path / "two.run")[-1] / MOMENTS).is_file()
     same_course(tmp_path / "two.run", alone[1])

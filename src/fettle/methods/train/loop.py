@@ -1,7 +1,7 @@
 """The one training loop: transformers' `Trainer` over an objective, for every method of this room.
 
 A method gives an objective, a module that turns windows into one loss and knows which of its parameters learn; the
-loop gives steps. Gradient accumulation, mixed precision, the schedule, data-parallel training under `torchrun` or
+loop gives steps. Gradient accumulation, mixed precision, the schedule, several processes under `torchrun` or
 `accelerate launch`, checkpoints and resuming are Trainer's and Accelerate's. What is ours stands around it:
 
 - Windows come in the order of a list (`text_mix.py`; what some places get is decided on the way, `sources/mix.py`), not
@@ -9,6 +9,7 @@ loop gives steps. Gradient accumulation, mixed precision, the schedule, data-par
 - A checkpoint holds only the parameters that learn, as safetensors, beside Trainer's optimizer, schedule and random
   states; it counts once it is marked as whole (`curve.py`). A killed run goes on from the last whole one, and gives the
   same bytes as an undisturbed one on the same number of threads.
+- With `shard` the objective comes to Trainer shared out among the processes (`sharding.py`); what is stored is whole.
 - The objective's loss on windows that no step sees, the start included, says which weights are kept.
 
 Cost: parameters that learn four times in float32 (values, gradients, two moments), everything else once.
