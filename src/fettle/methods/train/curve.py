@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fettle.errors import NonFiniteError
 from fettle.methods.train.options import LoopFields
-from fettle.methods.train.processes import wait_for_all
+from fettle.methods.train.processes import first_says, wait_for_all
 from fettle.methods.train.sharding import write_whole
 from fettle.models.writer import sync_folder, write_json
 from fettle.progress import Task
@@ -110,7 +110,7 @@ class Recorder:
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Ends the run when its minutes are over."""
         limit = self.fields.minutes
-        if limit is not None and self.seconds() >= 60 * limit and state.global_step < state.max_steps:
+        if limit is not None and state.global_step < state.max_steps and first_says(self.seconds() >= 60 * limit):
             self.curve.stopped = f"{limit:g} minutes were over"
             control.should_training_stop = True
 

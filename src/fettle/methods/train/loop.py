@@ -149,7 +149,8 @@ class _InOrder:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
         read_moments(Path(checkpoint), self.optimizer, self.model)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
+        schedule = Path(checkpoint) / SCHEDULE
+        self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
