@@ -51,7 +51,8 @@ def run(
     """Train a model: heal it by distillation, train its codes, or train an adapter beside it.
 
     The same command again resumes a run that was stopped; --fresh starts over. MODEL is the teacher unless --teacher
-    names another. Several processes: torchrun --nproc-per-node N -m fettle train …
+    names another. Several processes: torchrun --nproc-per-node N -m fettle train …, each with the whole model, or with
+    a part of it (--shard).
 
     \b
     Examples:

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,24 @@ def _header(layout: Layout, metadata: Mapping[str, str] | None) -> tuple[bytes, 
     return len(text).to_bytes(8, "little") + text, order
 
 
+def stored_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The order in which `write_shard` reads and writes them."""
+    return _header(layout_of(tensors), None)[1]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def write_shard(
-    folder: Path, filename: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
+    folder: Path, filename: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None,
+    *, read: Callable[[Tensor], Tensor] = _as_it_is,
+) -> str:  # fmt: skip
     """Writes `tensors` as the safetensors file `filename`, atomically; returns the SHA-256 of the file.
 
     The bytes are those of `safetensors.torch.save_file` (a test compares them), which would first make a second copy
     of every tensor in memory; here the largest is copied at most. Raises `DiskFullError` naming the file and the bytes
-    missing; then nothing of it is left behind.
+    missing; then nothing of it is left behind. `read` gives the values of a tensor that lies elsewhere, one at a time.
     """
     layout = layout_of(tensors)
     header, order = _header(layout, metadata)
@@ -101,7 +111,7 @@ def write_shard(
     with _replacing(folder, filename, shard_bytes(layout, metadata)) as temporary, temporary.open("wb") as file:
         file.write(header)
         for name in order:
-            dense = tensors[name].detach().cpu().contiguous().reshape(-1)
+            dense = read(tensors[name].detach()).cpu().contiguous().reshape(-1)
             raw = dense.view(torch.uint8).numpy().data if dense.numel() else memoryview(b"")
             digest.update(raw)
             file.write(raw)

@@ -154,6 +154,38 @@ def test_parts_of_a_step_add_up_to_the_step(tiny_llama: Path, text_file: Path, t
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_products_are_in_bfloat16_and_what_learns_is_not(
+    tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`precision`: the curve is near that of float32 and not the same; weights and moments have all their bits."""
+    from safetensors.torch import load_file
+
+    given = []
+    forward = LlamaMLP.forward
+
+    def seen(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = forward(layer, x)
+        given.append(found.dtype) if layer.training else None
+        return found
+
+    monkeypatch.setattr(LlamaMLP, "forward", seen)
+    losses, kinds = [], []
+    for precision in ("float32", "bfloat16"):
+        folder = tmp_path / precision
+        job = TrainJob(model=tiny_llama, original=tiny_llama, output=folder, folder=tmp_path / f"{precision}.run")
+        how = {**HOW, "precision": precision, "steps": 2, "text": str(text_file)}
+        losses.append(train(Distill(**how), job).losses)
+        kinds.append(set(given))
+        given.clear()
+    assert kinds == [{torch.float32}, {torch.bfloat16}]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    checkpoint = checkpoints(tmp_path / "bfloat16.run")[-1]
+    assert {value.dtype for value in load_file(checkpoint / "model.safetensors").values()} == {torch.float32}
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
+
+
 def test_blocks_that_run_again_for_their_gradients_change_nothing(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

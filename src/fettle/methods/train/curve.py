@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fettle.errors import NonFiniteError
 from fettle.methods.train.options import LoopFields
-from fettle.methods.train.processes import wait_for_all
-from fettle.models.writer import sync_folder, write_json, write_shard
+from fettle.methods.train.processes import first_says, wait_for_all
+from fettle.methods.train.sharding import write_whole
+from fettle.models.writer import sync_folder, write_json
 from fettle.progress import Task
 
 CHECKPOINTS, MARK, BEST = "checkpoints", "whole.json", "best.safetensors"
@@ -100,8 +101,8 @@ class Recorder:
         if not math.isfinite(loss):
             raise NonFiniteError(f"the held-back loss at step {step} is {loss}; use a smaller learning_rate")
         self.curve.held_back.append((step, loss))
-        if self.curve.best == (step, loss) and state.is_world_process_zero and self.fields.keep == "best":
-            write_shard(self.folder, BEST, trainable(self.objective))
+        if self.curve.best == (step, loss) and self.fields.keep == "best":
+            write_whole(self.folder, BEST, trainable(self.objective))
         if self.curve.misses() >= self.fields.patience:
             self.curve.stopped = f"{self.fields.patience} looks at the windows held back without a gain"
             control.should_training_stop = True
@@ -109,7 +110,7 @@ class Recorder:
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Ends the run when its minutes are over."""
         limit = self.fields.minutes
-        if limit is not None and self.seconds() >= 60 * limit and state.global_step < state.max_steps:
+        if limit is not None and state.global_step < state.max_steps and first_says(self.seconds() >= 60 * limit):
             self.curve.stopped = f"{limit:g} minutes were over"
             control.should_training_stop = True
 

@@ -24,6 +24,7 @@ from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.layer_maps import LayerMap
 from fettle.methods.train.layer_search import choose_blocks
 from fettle.methods.train.options import LoopFields, SignalFields
+from fettle.methods.train.sharding import is_part, own
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.students import write_student
 from fettle.methods.train.writing import write_trained
@@ -91,7 +92,11 @@ class Distill(LoopFields, SignalFields, DataFields):
             shape = {"reshaped": True, "student": made} if self.layers is not None else {}
             write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, {**record, **shape})
 
-        return Learner(loaded=loaded, model=loaded.model, write=write)
+        def hold_again() -> None:
+            if self.keep_zeros:
+                hold_zeros_(loaded.model)
+
+        return Learner(loaded=loaded, model=loaded.model, write=write, shared_out=hold_again)
 
     def _student(self, checkpoint: Checkpoint, anatomy: Anatomy, folder: Path, job: TrainJob) -> dict[str, Any]:
         """Makes the student, unless it is made; says of which blocks."""
@@ -127,9 +132,18 @@ def mark_(tree: nn.Module, anatomy: Anatomy, trains: str) -> None:
 def hold_zeros_(tree: nn.Module) -> None:
     """Weights of matrices that are zero get no gradient; AdamW then leaves them at zero, decay and moments included."""
     for parameter in tree.parameters():
-        if parameter.requires_grad and parameter.dim() > 1 and bool((parameter == 0).any()):
-            parameter.register_hook(_masked(parameter != 0))  # type: ignore[no-untyped-call]
+        kept = own(parameter.detach()) != 0
+        if not parameter.requires_grad or parameter.dim() < 2 or bool(kept.all()):
+            continue
+        if is_part(parameter):  # its gradient is put there, and nothing hung at the parameter itself is asked
+            parameter.register_post_accumulate_grad_hook(_mask_in_place(kept))  # type: ignore[no-untyped-call]
+        else:
+            parameter.register_hook(_masked(kept))  # type: ignore[no-untyped-call]
 
 
 def _masked(mask: Tensor) -> Any:
     return lambda gradient: gradient * mask
+
+
+def _mask_in_place(mask: Tensor) -> Any:
+    return lambda parameter: own(parameter.grad).mul_(mask)

@@ -38,6 +38,10 @@ class Distillation(Objective):
         self.projections = nn.ParameterList()
         self._relation_heads = 1
 
+    def units(self) -> list[nn.Module]:
+        """The student's."""
+        return self._observed[0].units()
+
     def fit_shapes(self, input_ids: Tensor) -> None:
         """Looks at both models' widths once: makes the projections that features need, and checks that the signals can
         be compared.

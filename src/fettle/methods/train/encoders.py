@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from fettle.methods.train.layer_search import looked_at
 from fettle.methods.train.loop import Objective
 from fettle.methods.train.named_teachers import load_teacher
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.outputs import value_path
+from fettle.methods.train.outputs import shared_units, value_path
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.text_mix import TrainingText
 from fettle.models.anatomy import Anatomy
@@ -80,6 +81,7 @@ class ObservedEncoder:
 
     def __init__(self, tree: nn.Module, anatomy: Anatomy, asked: Collection[str]) -> None:
         self.model, self.depth = tree, len(anatomy.blocks)
+        self.units = partial(shared_units, tree, anatomy, asked)
         self._hidden, self._seen = "features" in asked, "values" in asked
         self._values: list[Tensor] = []
         if self._seen:
@@ -124,6 +126,14 @@ class EncoderDistillation(Objective):
         """What the learner does before a step."""
         if self._learner.before_step is not None:
             self._learner.before_step(step, losses)
+
+    def units(self) -> list[nn.Module]:
+        """The student's."""
+        return self._observed[0].units()
+
+    def shared_out(self) -> None:
+        """What the learner does then."""
+        self._learner.shared_out()
 
     def fit_shapes(self, input_ids: Tensor) -> None:
         """Makes the projections that features need where widths differ.

@@ -60,6 +60,7 @@ class Learner:
         write: given the record for `fettle.json`, writes what was learned.
         rates: factors of the learning rate, by the beginning of a parameter's name in `model`.
         before_step: told of each step before it is taken, with what computes the losses of its windows one by one.
+        shared_out: called when the parameters lie in parts (sharding.py), and hooks on the whole ones are gone.
     """
 
     loaded: LoadedModel
@@ -67,6 +68,7 @@ class Learner:
     write: Callable[[dict[str, Any]], None]
     rates: dict[str, float] = field(default_factory=dict)
     before_step: BeforeStep | None = None
+    shared_out: Callable[[], None] = lambda: None
 
 
 class TrainMethod(Protocol):

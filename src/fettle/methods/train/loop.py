@@ -1,7 +1,7 @@
 """The one training loop: transformers' `Trainer` over an objective, for every method of this room.
 
 A method gives an objective, a module that turns windows into one loss and knows which of its parameters learn; the
-loop gives steps. Gradient accumulation, mixed precision, the schedule, data-parallel training under `torchrun` or
+loop gives steps. Gradient accumulation, mixed precision, the schedule, several processes under `torchrun` or
 `accelerate launch`, checkpoints and resuming are Trainer's and Accelerate's. What is ours stands around it:
 
 - Windows come in the order of a list (`text_mix.py`; what some places get is decided on the way, `sources/mix.py`), not
@@ -9,6 +9,7 @@ loop gives steps. Gradient accumulation, mixed precision, the schedule, data-par
 - A checkpoint holds only the parameters that learn, as safetensors, beside Trainer's optimizer, schedule and random
   states; it counts once it is marked as whole (`curve.py`). A killed run goes on from the last whole one, and gives the
   same bytes as an undisturbed one on the same number of threads.
+- With `shard` the objective comes to Trainer shared out among the processes (`sharding.py`); what is stored is whole.
 - The objective's loss on windows that no step sees, the start included, says which weights are kept.
 
 Cost: parameters that learn four times in float32 (values, gradients, two moments), everything else once.
@@ -18,23 +19,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
+from fettle.methods.train.sharding import (
+    MOMENTS,
+    gather_,
+    is_asked,
+    is_shared_out,
+    own,
+    read_moments,
+    read_parts,
+    shard_,
+    without_accelerates,
+    write_moments,
+    write_whole,
+)
 from fettle.methods.train.sources.mix import Mix
 from fettle.methods.train.text_mix import TrainingText
-from fettle.models.writer import write_json, write_shard
+from fettle.models.writer import write_json
 from fettle.progress import Progress, Task
 
-WEIGHTS = "model.safetensors"  # the name that Trainer looks for
+WEIGHTS, SCHEDULE = "model.safetensors", "scheduler.pt"  # the names that Trainer looks for
 CURVE = "curve.json"
 
 
@@ -56,6 +71,13 @@ class Objective(nn.Module):
     def rates(self) -> dict[str, float]:
         """Factors of the learning rate, by the beginning of a parameter's name; 1 for all others."""
         return {}
+
+    def units(self) -> list[nn.Module]:
+        """The modules whose parameters are gathered together where the objective is shared out."""
+        return []
+
+    def shared_out(self) -> None:
+        """Called when this process has parts of the parameters, and hooks on the whole ones are gone; nothing here."""
 
 
 class PlaceList(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -91,6 +113,9 @@ class _InOrder:
     model: nn.Module
     args: Any
     mix: Mix
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> Any:
         found = self.mix.take(inputs["place"]) if "place" in inputs else inputs
@@ -99,15 +124,35 @@ class _InOrder:
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[attr-defined]
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_shard(folder, WEIGHTS, trainable(self.model))
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        write_whole(Path(output_dir or self.args.output_dir), WEIGHTS, trainable(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         take_(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with without_accelerates():
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if is_shared_out(self.model):  # it averages its gradients itself: mixed precision is all that is missing
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_shared_out(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        write_moments(Path(output_dir), self.optimizer, self.model)
+        if is_main_process():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (is_shared_out(self.model) or (Path(checkpoint) / MOMENTS).is_file()):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        read_moments(Path(checkpoint), self.optimizer, self.model)
+        schedule = Path(checkpoint) / SCHEDULE
+        self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
 
 def run(
@@ -130,6 +175,9 @@ def run(
     """
     if not trainable(objective):
         raise RecipeError("no parameter of the model learns with these options; name others to train")
+    if is_asked(fields):
+        shard_(objective, objective.units())
+        objective.shared_out()
     steps = fields.planned_steps
     mix = mix or Mix(text, text.order(steps, fields.batch_windows, fields.seed), fields)
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,18 +202,19 @@ def run(
         take_(objective, folder / BEST)
     if is_main_process():
         write_json(folder / CURVE, curve.to_json())
+    gather_(objective, keep=is_main_process())
     objective.eval()
     return curve
 
 
 def take_(module: nn.Module, path: Path) -> None:
     """Puts the tensors of a file into the parameters of the same names, which must be those that learn."""
-    stored, learned = load_file(path), dict(module.named_parameters())
-    if stored.keys() != trainable(module).keys():
-        raise RecipeError(f"{path} holds other parameters than learn now; start over with --fresh")
-    with torch.no_grad():
-        for name, value in stored.items():
-            learned[name].copy_(value)
+    learned = trainable(module)
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != learned.keys():
+            raise RecipeError(f"{path} holds other parameters than learn now; start over with --fresh")
+    for mine, value in read_parts(path, learned):
+        own(mine).copy_(value)
 
 
 def _recorder(objective: Objective, fields: LoopFields, folder: Path, task: Task, mix: Mix) -> Recorder:

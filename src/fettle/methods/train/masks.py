@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fettle.methods.prune.selection import kept_by_score, on_the_way
+from fettle.methods.train.sharding import whole
 from fettle.tensors.patterns import Pattern
 
 Score = Literal["magnitude", "taylor", "movement"]
@@ -104,10 +105,11 @@ def pruned(module: SparseLinear, gradient: Tensor | None, pattern: Pattern, spar
     """
     if sparsity <= 0:
         return torch.ones_like(module.mask)
-    weight = module.weight.detach()
+    weight = whole(module.weight.detach())
     if score == "movement":
         assert module.scores is not None
-        found = module.scores.detach() - module.scores.detach().min()
+        found = whole(module.scores.detach())
+        found = found - found.min()
     else:
         found = weight.abs() if score == "magnitude" or gradient is None else (weight * gradient).abs()
         found = torch.where(module.mask, found + found.max() * 1e-6 + 1e-30, torch.zeros_like(found))
@@ -143,7 +145,7 @@ def gradients_of(modules: list[SparseLinear], losses: Callable[[], Iterator[Tens
         modules: the linears.
         losses: gives the losses of some windows one by one; each is used before the next is computed.
     """
-    sums = [torch.zeros_like(module.weight) for module in modules]
+    sums = [torch.zeros_like(module.mask, dtype=module.weight.dtype) for module in modules]
     count = 0
     for module in modules:
         module.watched = True

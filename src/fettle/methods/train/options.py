@@ -42,6 +42,10 @@ class LoopFields:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "keep a block's inputs alone and run it again for its gradients: less memory"}
     )
+    shard: bool = field(
+        default=False,
+        metadata={"help": "each process of several holds a part of the model, gradients and moments alone (FSDP)"},
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "of AdamW", "minimum": 0.0, "maximum": 10.0})
     precision: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "of products; weights and sums stay float32"}

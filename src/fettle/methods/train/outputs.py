@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +61,18 @@ def value_path(anatomy: Anatomy) -> str:
     return found[0].slot.parameter.removesuffix(".weight")
 
 
+def shared_units(tree: nn.Module, anatomy: Anatomy, signals: Collection[str]) -> list[nn.Module]:
+    """The modules whose parameters are gathered together where a model is shared out: embedding, blocks, head.
+
+    A block's parameters come back when a gradient reaches its output. Where only what happens inside of blocks is
+    looked at, the last one's output is not used, so that block stays with the rest.
+    """
+    used = anatomy.blocks if set(signals) - {"values", "attention"} else anatomy.blocks[:-1]
+    ends = [linear.slot.parameter for linear in (anatomy.embedding, anatomy.head) if linear is not None]
+    names = [block.name for block in used] + [name.rpartition(".")[0] for name in ends]
+    return [tree.get_submodule(name) for name in dict.fromkeys(names)]
+
+
 class Observed:
     """A model that tells what the signals ask for.
 
@@ -71,6 +84,7 @@ class Observed:
         """`tree` is the transformers model, with the anatomy's names; `model` what is called, which may wrap it."""
         self.model = model
         self.depth = len(anatomy.blocks)
+        self.units = partial(shared_units, tree, anatomy, signals)
         self._hidden = bool({"features", "relations", "distances"} & set(signals))
         self._attention = "attention" in signals
         self._values: list[Tensor] = []

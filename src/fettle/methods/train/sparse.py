@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from fettle.methods.train.masks import (
 )
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.processes import is_main_process, wait_for_all
+from fettle.methods.train.sharding import own, own_of, whole
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.writing import write_trained
 from fettle.models.checkpoint import Checkpoint
@@ -199,8 +199,7 @@ class Masks:
         self._read(due)
         if due == step and self._share(step):  # drawn just now, or before a kill: what comes back begins at zero
             for module, mask in zip(self.modules, before, strict=True):
-                with torch.no_grad():
-                    module.weight[module.mask & ~mask] = 0.0
+                own(module.weight.detach())[own_of(module.mask & ~mask, module.weight)] = 0.0
 
     def _recall(self, step: int) -> None:
         """The masks of the step before this one, which a resumed run does not have yet."""
@@ -257,7 +256,7 @@ class Masks:
             mask = pruned(module, gradient, self._pattern, sparsity, fields.score)
             if share and gradient is not None:
                 by_row = self._pattern.kind == "row"
-                mask = regrown(module.weight.detach(), gradient, mask, share, by_row=by_row)
+                mask = regrown(whole(module.weight.detach()), gradient, mask, share, by_row=by_row)
             module.mask = mask
 
 

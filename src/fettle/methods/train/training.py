@@ -19,7 +19,7 @@ from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve
 from fettle.methods.train.distillation import Distillation
 from fettle.methods.train.encoders import encoder_objective, refuse_sources
-from fettle.methods.train.job import BeforeStep, Learner, TrainJob, TrainMethod
+from fettle.methods.train.job import Learner, TrainJob, TrainMethod
 from fettle.methods.train.layer_search import looked_at
 from fettle.methods.train.loop import Objective, run
 from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
@@ -28,6 +28,7 @@ from fettle.methods.train.outputs import Observed, base_tree
 from fettle.methods.train.processes import is_main_process, process_group
 from fettle.methods.train.sentence_text import sentences
 from fettle.methods.train.several import Several
+from fettle.methods.train.sharding import is_asked
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.gathering import gathered, teachers_text
 from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
@@ -39,15 +40,17 @@ from fettle.models.source import resolve
 class _OfLearner(Distillation):
     """The objective with a learner's own factors of the learning rate, and what it does before a step."""
 
-    factors: dict[str, float]
-    before_step: BeforeStep | None
+    learner: Learner
 
     def rates(self) -> dict[str, float]:
-        return {f"student.{start}": factor for start, factor in self.factors.items()}
+        return {f"student.{start}": factor for start, factor in self.learner.rates.items()}
 
     def begin(self, step: int, losses: Callable[[], Iterator[Tensor]]) -> None:
-        if self.before_step is not None:
-            self.before_step(step, losses)
+        if self.learner.before_step is not None:
+            self.learner.before_step(step, losses)
+
+    def shared_out(self) -> None:
+        self.learner.shared_out()
 
 
 def train(method: TrainMethod, job: TrainJob) -> Curve:
@@ -62,9 +65,11 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
             f"{job.model} stores the matrices of several blocks once, and a training would give each its own again; "
             "train before share_blocks, or share with written_out: true"
         )
+    loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)
+    if is_asked(loop):
+        _refuse_drawing(data)
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
         learner = method.learner(job)
-    loop, signals, data = cast(LoopFields, method), cast(SignalFields, method), cast(DataFields, method)
     require_tokenizer(learner.loaded.tokenizer, job.model)
     if learner.loaded.anatomy.causal:
         written = teachers_text(loop, data, signals, job)
@@ -85,6 +90,16 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     if is_main_process():
         learner.write(_record(method, job, text, curve))
     return curve
+
+
+def _refuse_drawing(data: DataFields) -> None:
+    """Raises RecipeError for sources that the first process draws from the student alone, where it has parts of it."""
+    given = [f"{name}={getattr(data, name):g}" for name in ("on_policy", "adversarial") if getattr(data, name)]
+    if given:
+        raise RecipeError(
+            f"{' and '.join(given)}: the first process runs the student alone to draw these windows, and with shard it "
+            "holds a part of it; allowed with shard: the text, replay, written, curriculum. Leave one of them out"
+        )
 
 
 def _checkpoint_gradients_(tree: Any) -> None:
@@ -123,7 +138,7 @@ def _objective(
         if signals.teacher_top_k is not None:
             answers = _kept(teacher, signals, text, job, names)
     objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers)
-    objective.factors, objective.before_step = learner.rates, learner.before_step
+    objective.learner = learner
     objective.fit_shapes(text.ids[:1].to(job.device))
     return objective.to(job.device)
 
