@@ -2,12 +2,11 @@
 
 The recorder stands between the loop's library and the disk. It keeps the trainable weights with the least held-back
 loss in a file, marks a checkpoint as whole once everything in it is on the disk (a kill in the middle of a checkpoint
-leaves one without mark, which is never used), and says when to stop.
+leaves one without mark, which is never used, and neither is one whose files changed since), and says when to stop.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,9 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fettle.errors import NonFiniteError
+from fettle.methods.train.kept import FILES, file_digests, is_whole, keep, recall_json
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import wait_for_all
-from fettle.models.writer import sync_folder, write_json, write_shard
+from fettle.models.writer import sync_folder, write_json
 from fettle.progress import Task
 
 CHECKPOINTS, MARK, BEST = "checkpoints", "whole.json", "best.safetensors"
@@ -64,6 +64,7 @@ class Curve:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Curve:
         """The inverse of `to_json`."""
+        found = {key: value for key, value in found.items() if key != FILES}
         return cls(**{**found, "held_back": [(int(step), float(loss)) for step, loss in found["held_back"]]})
 
 
@@ -78,7 +79,7 @@ class Recorder:
 
     def resume(self, checkpoint: Path) -> None:
         """Takes up the curve that a whole checkpoint holds."""
-        self.curve = Curve.from_json(json.loads((checkpoint / MARK).read_text(encoding="utf-8")))
+        self.curve = Curve.from_json(recall_json(checkpoint / MARK))
         self._earlier = self.curve.seconds
         self.task.advance(len(self.curve.losses))
 
@@ -101,7 +102,7 @@ class Recorder:
             raise NonFiniteError(f"the held-back loss at step {step} is {loss}; use a smaller learning_rate")
         self.curve.held_back.append((step, loss))
         if self.curve.best == (step, loss) and state.is_world_process_zero and self.fields.keep == "best":
-            write_shard(self.folder, BEST, trainable(self.objective))
+            keep(self.folder, BEST, trainable(self.objective))
         if self.curve.misses() >= self.fields.patience:
             self.curve.stopped = f"{self.fields.patience} looks at the windows held back without a gain"
             control.should_training_stop = True
@@ -123,7 +124,7 @@ class Recorder:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         self.curve.seconds = self.seconds()
-        write_json(checkpoint / MARK, self.curve.to_json())
+        write_json(checkpoint / MARK, {**self.curve.to_json(), FILES: file_digests(checkpoint)})
         sync_folder(checkpoint.parent)
         for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
@@ -140,8 +141,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def drop_torn(folder: Path) -> None:
-    """Removes checkpoints that a kill left without their mark."""
-    whole = set(checkpoints(folder))
+    """Removes checkpoints that a kill left without their mark, and those whose files are not what their mark tells."""
+    whole = {path for path in checkpoints(folder) if is_whole(path / MARK)}
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         if path not in whole:
             shutil.rmtree(path)

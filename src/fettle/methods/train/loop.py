@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
+from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
 from fettle.methods.train.sources.mix import Mix
 from fettle.methods.train.text_mix import TrainingText
-from fettle.models.writer import write_json, write_shard
+from fettle.models.writer import write_json
 from fettle.progress import Progress, Task
 
 WEIGHTS = "model.safetensors"  # the name that Trainer looks for
@@ -104,7 +104,7 @@ class _InOrder:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_shard(folder, WEIGHTS, trainable(self.model))
+        keep(folder, WEIGHTS, trainable(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         take_(self.model, Path(resume_from_checkpoint) / WEIGHTS)
@@ -160,9 +160,8 @@ def run(
 
 def take_(module: nn.Module, path: Path) -> None:
     """Puts the tensors of a file into the parameters of the same names, which must be those that learn."""
-    stored, learned = load_file(path), dict(module.named_parameters())
-    if stored.keys() != trainable(module).keys():
-        raise RecipeError(f"{path} holds other parameters than learn now; start over with --fresh")
+    learned = dict(module.named_parameters())
+    stored = recall(path, {name: value.shape for name, value in trainable(module).items()})
     with torch.no_grad():
         for name, value in stored.items():
             learned[name].copy_(value)
