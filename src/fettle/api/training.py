@@ -56,6 +56,7 @@ from fettle.progress import Progress, Silent
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
+MOST_THREADS = 1024  # torch starts as many as it is told, and dies of too many
 STAGES, IDENTITY, ADAPTER = "stages", "identity.json", "adapter_config.json"
 
 
@@ -108,6 +109,10 @@ def train(
     restart_peak()
     chosen = chain if isinstance(chain, Chain) else load_chain(chain)
     check_device(device)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(
+            f"threads={threads} cannot be; allowed: 1 to {MOST_THREADS}, or none for as many as torch takes"
+        )
     page = Path(report) if report is not None else run_folder(output) / "report.html"
     if report is not None:
         require_writable(page)

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
 from fettle.errors import CheckpointError
@@ -95,13 +96,20 @@ def unfit(folder: Path, base: Path, why: object) -> CheckpointError:
 
 
 def require_all_taken(model: nn.Module, name: str, folder: Path, base: Path) -> None:
-    """Raises CheckpointError where tensors of the adapter `name` found no place, or places got no tensor."""
+    """Checks what was read of the adapter `name`.
+
+    Raises:
+        CheckpointError: tensors found no place, or places got no tensor.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
     from peft import get_peft_model_state_dict
 
     places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
     stored = read_header(folder / WEIGHTS).keys()
     homeless = sorted(x for x in stored - places if any(word in x for word in OWN_WORDS))
     _refuse(homeless, "tensors of it have no place", folder, base)
+    for tensor_name, tensor in load_file(folder / WEIGHTS).items():
+        check_finite(tensor_name, tensor)
     _refuse(sorted(places - stored), "places got no tensor", folder, base)
 
 
