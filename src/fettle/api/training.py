@@ -109,10 +109,7 @@ def train(
     restart_peak()
     chosen = chain if isinstance(chain, Chain) else load_chain(chain)
     check_device(device)
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(
-            f"threads={threads} cannot be; allowed: 1 to {MOST_THREADS}, or none for as many as torch takes"
-        )
+    _check_threads(threads)
     page = Path(report) if report is not None else run_folder(output) / "report.html"
     if report is not None:
         require_writable(page)
@@ -122,12 +119,7 @@ def train(
     if not (stages / IDENTITY).is_file():
         refuse_foreign(output)
     checkpoint = Checkpoint.open(folder)
-    for stage in chosen.stages:
-        if stage.method is not None:
-            tokens, what = getattr(stage.method, "length", 0), "length"
-            if isinstance(stage.method, Adapter) and stage.method.kind in VIRTUAL:
-                tokens, what = tokens + stage.method.virtual_tokens, "length and virtual_tokens"
-            require_context(checkpoint.config, tokens, what)
+    _check_lengths(chosen, checkpoint)
     before, began = torch.get_num_threads(), run_folder(output).exists()
     torch.set_num_threads(threads or before)
     try:
@@ -156,6 +148,24 @@ def train(
     return Training(
         folder=output, evaluation=Evaluation.from_json(found) if found else None, summary=summary, report_path=page
     )
+
+
+def _check_threads(threads: int | None) -> None:
+    """Raises UsageError for a number of threads that torch cannot start."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(
+            f"threads={threads} cannot be; allowed: 1 to {MOST_THREADS}, or none for as many as torch takes"
+        )
+
+
+def _check_lengths(chain: Chain, checkpoint: Checkpoint) -> None:
+    """Raises UsageError for windows, with the virtual tokens in front of them, longer than the model's context."""
+    for stage in chain.stages:
+        if stage.method is not None:
+            tokens, what = getattr(stage.method, "length", 0), "length"
+            if isinstance(stage.method, Adapter) and stage.method.kind in VIRTUAL:
+                tokens, what = tokens + stage.method.virtual_tokens, "length and virtual_tokens"
+            require_context(checkpoint.config, tokens, what)
 
 
 def _has_begun(stages: Path) -> bool:
