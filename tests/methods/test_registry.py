@@ -42,6 +42,7 @@ def test_fields_come_back_equal_through_yaml(name: str) -> None:
         ({"grid": "nf4"}, "allowed: uniform, float"),
         ({"group_size": 0}, r"group_size=0 cannot be; allowed: integers from 1, none"),
         ({"group_size": 2.5}, "group_size=2.5"),
+        ({"group_size": 2**63}, r"allowed: integers from 1 to 9223372036854775807, none"),
         ({"asymmetric": 1}, "asymmetric=1 cannot be; allowed: true, false"),
         ({"scale_dtype": "fp16"}, "allowed: auto, float16, bfloat16, float32"),
         ({"granularity": "rows"}, "allowed: tensor, channel, group, none"),

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import fettle
+from fettle.api import training as api_training
 from fettle.errors import InterruptedRunError, RecipeError, ResumeError, UsageError
 from fettle.methods.train import training
+from fettle.models.checkpoint import Checkpoint
 from fettle.pipeline.chain import Chain, chain_from_method, load_chain, parse_chain
 from fettle.pipeline.recipe import parse_recipe
 
@@ -124,6 +126,34 @@ def test_a_chain_that_trims_the_vocabulary_is_measured_in_bits_a_byte(tiny_llama
     assert made.evaluation.bits_per_byte != made.evaluation.reference_bits_per_byte
 
 
+def test_a_stage_whose_files_were_damaged_since_is_run_again(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    out, made = tmp_path / "out", chain(text_file, {"train": "distill"})
+    fettle.train(tiny_llama, out, made, evaluate=False)
+    before, shard = digests(out), next(out.glob("model-00001-*"))
+    told = tmp_path / "out.run" / "stages" / "01-distill.json"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    told.write_text(told.read_text()[:9])  # nor is this one believed
+    fettle.train(tiny_llama, out, made, evaluate=False)
+    assert digests(out) == before
+    assert json.loads(told.read_text())["stage"] == "distill"
+
+
+def test_texts_that_changed_places_are_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    lines = text_file.read_text().splitlines(keepends=True)
+    first.write_text("".join(lines[:500]))
+    second.write_text("".join(lines[500:]))
+    made = chain(first, {"train": "distill", "replay": str(second)})
+    checkpoint = Checkpoint.open(tiny_llama)
+    before = api_training._identity(made, checkpoint, "cpu", False)
+    first.rename(tmp_path / "other")
+    second.rename(first)
+    (tmp_path / "other").rename(second)
+    after = api_training._identity(made, checkpoint, "cpu", False)
+    assert [key for key in before if before[key] != after[key]] == ["texts"]
+
+
 def test_another_chain_is_refused_in_the_same_place(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fettle.train(tiny_llama, out, chain(text_file, {"train": "distill"}), evaluate=False)
@@ -137,3 +167,9 @@ def test_another_chain_is_refused_in_the_same_place(tiny_llama: Path, text_file:
         fettle.train(tiny_llama, tiny_llama / "out", chain(text_file, {"train": "distill"}), evaluate=False)
     with pytest.raises(UsageError, match="context holds 512 tokens"):
         fettle.train(tiny_llama, tmp_path / "long", chain(text_file, {"train": "distill", "length": 513}))
+    for threads in (0, 10**12):
+        with pytest.raises(UsageError, match=r"threads=1?0+ cannot be; allowed: 1 to 1024"):
+            fettle.train(tiny_llama, tmp_path / "long", chain(text_file, {"train": "distill"}), threads=threads)
+    virtual = {"train": "adapter", "kind": "prompt", "length": 500, "virtual_tokens": 13}
+    with pytest.raises(UsageError, match=r"virtual_tokens=513; this model's context holds 512 tokens"):
+        fettle.train(tiny_llama, tmp_path / "long", chain(text_file, virtual))

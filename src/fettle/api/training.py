@@ -22,12 +22,14 @@ from fettle.api.completing import complete
 from fettle.api.compressing import EVALUATION_TOKENS, compress
 from fettle.data.tokenizer import load_tokenizer
 from fettle.data.windows import evaluation_windows, read_text
-from fettle.errors import UsageError
+from fettle.errors import ModelError, UsageError
 from fettle.evaluate.apart import beside, same_tokens
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
 from fettle.evaluate.streaming import evaluate as evaluate_streaming
-from fettle.methods.train import TrainMethod
+from fettle.methods.train import Adapter, TrainMethod
+from fettle.methods.train.adapter_files import check_files
+from fettle.methods.train.adapters import VIRTUAL
 from fettle.methods.train.curve import CHECKPOINTS, Curve
 from fettle.methods.train.job import TrainJob
 from fettle.methods.train.named_teachers import teacher_hashes
@@ -35,7 +37,7 @@ from fettle.methods.train.options import BEFORE, SignalFields
 from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
 from fettle.methods.train.training import train as train_stage
 from fettle.models.checkpoint import Checkpoint
-from fettle.models.config_file import context_length
+from fettle.models.config_file import context_length, read_json
 from fettle.models.source import resolve
 from fettle.models.writer import write_json
 from fettle.pipeline.chain import Chain, Stage, load_chain
@@ -54,6 +56,7 @@ from fettle.progress import Progress, Silent
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
+MOST_THREADS = 1024  # torch starts as many as it is told, and dies of too many
 STAGES, IDENTITY, ADAPTER = "stages", "identity.json", "adapter_config.json"
 
 
@@ -106,6 +109,7 @@ def train(
     restart_peak()
     chosen = chain if isinstance(chain, Chain) else load_chain(chain)
     check_device(device)
+    _check_threads(threads)
     page = Path(report) if report is not None else run_folder(output) / "report.html"
     if report is not None:
         require_writable(page)
@@ -115,9 +119,7 @@ def train(
     if not (stages / IDENTITY).is_file():
         refuse_foreign(output)
     checkpoint = Checkpoint.open(folder)
-    for stage in chosen.stages:
-        if stage.method is not None:
-            require_context(checkpoint.config, getattr(stage.method, "length", 0), "length")
+    _check_lengths(chosen, checkpoint)
     before, began = torch.get_num_threads(), run_folder(output).exists()
     torch.set_num_threads(threads or before)
     try:
@@ -148,6 +150,24 @@ def train(
     )
 
 
+def _check_threads(threads: int | None) -> None:
+    """Raises UsageError for a number of threads that torch cannot start."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(
+            f"threads={threads} cannot be; allowed: 1 to {MOST_THREADS}, or none for as many as torch takes"
+        )
+
+
+def _check_lengths(chain: Chain, checkpoint: Checkpoint) -> None:
+    """Raises UsageError for windows, with the virtual tokens in front of them, longer than the model's context."""
+    for stage in chain.stages:
+        if stage.method is not None:
+            tokens, what = getattr(stage.method, "length", 0), "length"
+            if isinstance(stage.method, Adapter) and stage.method.kind in VIRTUAL:
+                tokens, what = tokens + stage.method.virtual_tokens, "length and virtual_tokens"
+            require_context(checkpoint.config, tokens, what)
+
+
 def _has_begun(stages: Path) -> bool:
     """Whether a stage is done or has a checkpoint that a resumed run would go on from."""
     done = [path for path in stages.glob("*.json") if path.name != IDENTITY]
@@ -163,19 +183,19 @@ def _held(stages: Path) -> Any:
 
 def _identity(chain: Chain, checkpoint: Checkpoint, device: str, generic: bool) -> dict[str, Any]:
     """What a resumed run must have been started with."""
-    texts = {}
+    texts = []
     for stage in chain.stages:
         for name in ("text", "held_back_text", "replay") if stage.method is not None else ():
             path = getattr(stage.method, name)
             if name == "text" or path is not None:
-                texts[str(path)] = read_text(path).sha256
+                texts.append((name, read_text(path).sha256))
         if stage.recipe is not None and stage.recipe.calibration.text is not None:
-            texts[str(stage.recipe.calibration.text)] = read_text(stage.recipe.calibration.text).sha256
+            texts.append(("calibration", read_text(stage.recipe.calibration.text).sha256))
     told = chain.to_dict()
     return {
         "model": checkpoint.file_hashes(),
         "chain": json.loads(json.dumps(told)),
-        "texts": hashlib.sha256(json.dumps(sorted(texts.values())).encode()).hexdigest(),
+        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "teachers": {name: teacher_hashes(name) for name in _teachers(chain)},
         "tokenizer": tokenizer_hashes(checkpoint.folder),
         "generic": generic,
@@ -225,8 +245,9 @@ def _run_stage(
     name = _stage_name(chain, number)
     target = output if number == len(chain.stages) - 1 else stages / name
     done = stages / f"{name}.json"
-    if done.is_file() and any((target / x).is_file() for x in (MARKER, ADAPTER)):
-        return dict(json.loads(done.read_text(encoding="utf-8")))
+    told = _done(done, target)
+    if told is not None:
+        return told
     line: dict[str, Any] = {"name": name, "stage": stage.name, "curve": None}
     started = time.monotonic()
     if stage.method is not None:
@@ -242,6 +263,22 @@ def _run_stage(
     process_group(device)
     wait_for_all()  # the next stage reads what the first process wrote
     return line
+
+
+def _done(done: Path, target: Path) -> dict[str, Any] | None:
+    """What a stage was and cost, where it is done and all that it wrote lies there as it was written; else it is run
+    again, to the same bytes.
+    """
+    try:
+        told = read_json(done)
+        if (target / ADAPTER).is_file():
+            check_files(target)
+            return told
+        checkpoint = Checkpoint.open(target)
+        checkpoint.verify_hashes()
+    except ModelError:
+        return None
+    return told if checkpoint.record is not None else None
 
 
 def _student(target: Path) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fettle.errors import RecipeError
 
+LARGEST = 2**63 - 1  # what torch and the files can count
+
 
 def require_possible(cls: Any, values: Mapping[str, Any]) -> None:
     """Refuses a value that a field of the dataclass `cls` cannot hold; fields without a value are not looked at.
@@ -28,8 +30,9 @@ def require_possible(cls: Any, values: Mapping[str, Any]) -> None:
             continue
         value, hint = values[field.name], hints[field.name]
         if not fits(value, hint, field.metadata):
+            allowed = _allowed(members(hint), field.metadata, value)
             raise RecipeError(
-                f"{cls.name}: {field.name}={value!r} cannot be; allowed: {_allowed(members(hint), field.metadata)}. "
+                f"{cls.name}: {field.name}={value!r} cannot be; allowed: {allowed}. "
                 f"Leave it out for the default, {_spelled(field.default)}"
             )
 
@@ -52,20 +55,28 @@ def _fits_member(value: Any, member: Any, metadata: Mapping[str, Any]) -> bool:
     if member is bool or isinstance(value, bool):
         return member is bool and isinstance(value, bool)
     if member in (int, float):
-        if not isinstance(value, int if member is int else (int, float)) or not math.isfinite(value):
+        if not isinstance(value, int if member is int else (int, float)) or not _is_countable(value):
             return False
         return bool(metadata.get("minimum", -math.inf) <= value <= metadata.get("maximum", math.inf))
     return isinstance(value, member)
 
 
-def _allowed(members: tuple[Any, ...], metadata: Mapping[str, Any]) -> str:
+def _is_countable(value: float) -> bool:
+    """Whether a number is finite, and small enough to be counted where it is an integer."""
+    return -LARGEST <= value <= LARGEST if isinstance(value, int) else math.isfinite(value)
+
+
+def _allowed(members: tuple[Any, ...], metadata: Mapping[str, Any], value: Any) -> str:
     words: list[str] = []
     for member in members:
         if get_origin(member) is Literal:
             words += [_spelled(choice) for choice in get_args(member)]
         elif member in (int, float):
             kind = "integers" if member is int else "numbers"
-            low, high = metadata.get("minimum"), metadata.get("maximum")
+            low, high = (
+                metadata.get("minimum"),
+                metadata.get("maximum", LARGEST if isinstance(value, int) and value > LARGEST else None),
+            )
             words.append(
                 kind + (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
             )

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.apart import run_apart
 
 import fettle
 from fettle.data.windows import calibration_windows
-from fettle.errors import RecipeError, UsageError
+from fettle.errors import RecipeError, ResumeError, UsageError
 from fettle.methods.train import Adapter
+from fettle.methods.train import curve as curve_module
 from fettle.methods.train.adapter_targets import module_path, parsed_ranks, parsed_roles, target_linears
 from fettle.methods.train.adapters import load_adapters, merge_adapter
 from fettle.methods.train.cores import BASES, GRADIENT_WINDOWS, bases, loss_gradients, main_directions
 from fettle.methods.train.curve import Curve
+from fettle.methods.train.job import TrainJob
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.text_mix import learning_part, training_text
+from fettle.methods.train.training import train
 from fettle.models.loading import load
 
 from .conftest import SMALL
@@ -144,3 +151,36 @@ def test_a_resumed_run_takes_the_bases_that_it_began_with(tiny_llama: Path, text
         assert torch.equal(left, again[path][0])
         assert torch.equal(right, again[path][1])
         assert not torch.equal(left, fresh[path][0])
+    with pytest.raises(ResumeError, match="holds other parameters"):  # another run's folder
+        bases(loaded, [(linear, 3) for linear, _ in linears], "lora_sb", fields, tmp_path / "run")
+    whole = (tmp_path / "run" / BASES).read_bytes()
+    for damaged in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        (tmp_path / "run" / BASES).write_bytes(damaged)
+        with pytest.raises(ResumeError, match=r"bases.safetensors is damaged.*--fresh"):
+            bases(loaded, linears, "lora_sb", fields, tmp_path / "run")
+
+
+def adapt_until(model: Path, text: Path, output: Path, kind: str, killed: str) -> None:
+    """Trains an adapter; a kill comes before the mark of the checkpoint `killed`."""
+    write_json = curve_module.write_json
+
+    def kill_at_the_mark(path: Path, content: object) -> None:
+        if path.parent.name == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_json(path, content)
+
+    curve_module.write_json = kill_at_the_mark
+    method = Adapter(**{**SMALL, **HOW, "checkpoint_every": 2}, text=str(text), kind=kind, targets="query,head", rank=3)
+    train(method, TrainJob(model=model, original=model, output=output, folder=output.with_suffix(".run")))
+
+
+@pytest.mark.parametrize("kind", ["lora_sb", pytest.param("lora_xs", marks=pytest.mark.exhaustive)])
+def test_a_killed_run_gives_the_same_bytes(kind: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Each run in a process of its own, whose sets have an order of their own."""
+    for name, killed in (("whole", "nothing"), ("torn", "checkpoint-4"), ("torn", "nothing")):
+        ended = run_apart(adapt_until, tiny_llama, text_file, tmp_path / name, kind, killed, folder=tmp_path)
+        assert ended.code == (0 if killed == "nothing" else -signal.SIGKILL), ended.said
+        assert (tmp_path / name).exists() == (killed == "nothing")
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "whole").iterdir()}
+    assert "adapter_model.safetensors" in files
+    assert files == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "torn").iterdir()}

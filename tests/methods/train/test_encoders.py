@@ -33,6 +33,16 @@ def run(model: Path, text: Path, output: Path, **fields: Any) -> list[float]:
     return [loss for _, loss in train(method, job).held_back]
 
 
+def test_a_teacher_of_the_other_kind_is_refused(
+    tiny_bert: Path, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Both have the same tokens, so nothing else would tell."""
+    with pytest.raises(UsageError, match="is an encoder and the student a decoder"):
+        run(tiny_llama, text_file, tmp_path / "out", teacher=str(tiny_bert))
+    with pytest.raises(UsageError, match="is a decoder and the student an encoder"):
+        run(tiny_bert, text_file, tmp_path / "out", teacher=str(tiny_llama))
+
+
 def test_a_student_of_half_the_blocks_comes_nearer_to_its_teacher(
     tiny_bert: Path, text_file: Path, tmp_path: Path
 ) -> None:

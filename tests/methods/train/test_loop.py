@@ -17,11 +17,12 @@ import torch
 from tests.apart import ROOT, run_apart, run_together
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fettle.errors import NonFiniteError, RecipeError
+from fettle.errors import NonFiniteError, RecipeError, ResumeError
 from fettle.methods.train import Distill
 from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
 from fettle.methods.train.job import TrainJob
+from fettle.methods.train.kept import keep
 from fettle.methods.train.loop import Objective, run, take_
 from fettle.methods.train.text_mix import TrainingText
 from fettle.methods.train.training import train
@@ -275,10 +276,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, monkeypatch: pytest.M
     still.weight.requires_grad_(False)
     with pytest.raises(RecipeError, match="no parameter of the model learns"):
         run(still, windows(), fields(), tmp_path, Silent())
-    from safetensors.torch import save_file
-
-    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(RecipeError, match="holds other parameters"):
+    keep(tmp_path, "other.safetensors", {"other": torch.zeros(1)})
+    with pytest.raises(ResumeError, match="holds other parameters"):
         take_(Pull(), tmp_path / "other.safetensors")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match="cannot be shared by 3 processes"):

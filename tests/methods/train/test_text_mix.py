@@ -68,3 +68,10 @@ def test_a_text_of_its_own_is_held_back_and_none_is_cut(tiny_llama: Path, tmp_pa
     assert [("zz" in word) for word in words] == [False] * found.learned + [True] * 3
     assert learning_part(asked).content == text.read_text()
     assert found.learned > training_text(tokenizer, fields(text, windows=1000)).learned
+
+
+def test_a_replayed_text_without_a_window_is_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("one two")
+    with pytest.raises(UsageError, match=r"short\.txt has no window of 16 tokens"):
+        training_text(load_tokenizer(tiny_llama), fields(text_file, replay=str(short)))

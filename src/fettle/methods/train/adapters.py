@@ -25,7 +25,6 @@ Cost: the base once, as stored; of the adapter values, gradients and two moments
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from fettle.data.windows import calibration_windows
-from fettle.errors import CheckpointError, RecipeError, UsageError
+from fettle.errors import RecipeError, UsageError
 from fettle.layers import QuantizedLinear
+from fettle.methods.train.adapter_files import check_adapter, require_all_taken, unfit, write_adapter, write_record
 from fettle.methods.train.adapter_targets import (
     OUTSIDE,
     check_ranks,
@@ -57,17 +57,15 @@ from fettle.methods.train.sources.on_policy import resting
 from fettle.methods.train.text_mix import learning_part, require_tokenizer
 from fettle.methods.train.writing import write_trained
 from fettle.models.anatomy import read_anatomy
-from fettle.models.checkpoint import Checkpoint, file_sha256
+from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel, load
 from fettle.models.parts import Linear
 from fettle.models.source import resolve
 from fettle.models.storage import read_weight
-from fettle.models.writer import write_json
 
 Kind = Literal["lora", "rslora", "dora", "lora_xs", "lora_sb", "ia3", "prompt", "prefix", "bottleneck"]
 VIRTUAL = ("prompt", "prefix")
 RANKED = ("lora", "rslora", "dora", *CORES)
-RECORD = "fettle_adapter.json"
 EVA_WINDOWS = 32
 
 
@@ -157,10 +155,12 @@ class Adapter(LoopFields, SignalFields, DataFields):
             record = {**record, "parameters": learning(model)}
             release_bases_(model, held)
             if self.merge:
-                _write_adapter(model, loaded.folder, job.folder / "adapter", record)
+                with _no_warnings():
+                    write_adapter(model, loaded.folder, job.folder / "adapter", record)
                 merge_adapter(job.model, job.folder / "adapter", job.output, generic=job.generic, record=record)
             else:
-                _write_adapter(model, loaded.folder, job.output, record)
+                with _no_warnings():
+                    write_adapter(model, loaded.folder, job.output, record)
 
         return Learner(loaded=loaded, model=model, write=write)
 
@@ -170,7 +170,7 @@ class Adapter(LoopFields, SignalFields, DataFields):
 
         def write(record: dict[str, Any]) -> None:
             write_bottleneck(model, "default", self.rank, job.output)
-            _write_record({**record, "parameters": learning(model)}, loaded.folder, job.output)
+            write_record({**record, "parameters": learning(model)}, loaded.folder, job.output)
 
         return Learner(loaded=loaded, model=model, write=write)
 
@@ -256,37 +256,39 @@ def load_adapters(loaded: LoadedModel, adapters: Mapping[str, str | Path]) -> An
 
     Raises:
         UsageError: no adapter is given, PEFT is not installed, bottlenecks beside PEFT's.
-        CheckpointError: a folder is no adapter, or belongs to another base.
+        CheckpointError: a folder is no adapter, is damaged, or belongs to another base.
     """
     if not adapters:
         raise UsageError("no adapter is given; give at least one, as a name and its folder")
-    for folder in adapters.values():
+    for name, folder in adapters.items():
+        if not name or "." in name:
+            raise UsageError(f"an adapter cannot be called {name!r}; allowed: any word without a dot, as 'mine'")
         check_adapter(Path(folder), loaded.folder)
     own = [is_bottleneck(Path(folder)) for folder in adapters.values()]
     if all(own):
         return load_bottlenecks(loaded, {name: Path(folder) for name, folder in adapters.items()})
     if any(own):
         raise UsageError("bottleneck adapters and PEFT's cannot stand on one base together; load one kind")
-    peft = require_peft()
     adaptable_(loaded.model)
-    model: Any = None
+    model: Any = loaded.model
     for name, folder in adapters.items():
-        with _no_warnings():
-            if model is None:
-                model = peft.PeftModel.from_pretrained(loaded.model, str(folder), adapter_name=name)
-            else:
-                model.load_adapter(str(folder), adapter_name=name)
+        model = _adapted(model, name, Path(folder), loaded.folder)
     return model.eval()
 
 
-def check_adapter(folder: Path, base: Path) -> None:
-    """Raises CheckpointError for a folder without an adapter as safetensors, or one trained on another base."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise CheckpointError(f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
-    told = folder / RECORD
-    expected = json.loads(told.read_text(encoding="utf-8")).get("base_files") if told.is_file() else None
-    if expected is not None and expected != Checkpoint.open(base).file_hashes():
-        raise CheckpointError(f"the adapter in {folder} was trained on another base than {base}; give that one")
+def _adapted(model: Any, name: str, folder: Path, base: Path) -> Any:
+    """The tree, or a PEFT model, with one more of PEFT's adapters; CheckpointError where it does not fit the base."""
+    peft = require_peft()
+    try:
+        with _no_warnings():
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(str(folder), adapter_name=name)
+            else:
+                model = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever PEFT trips over
+        raise unfit(folder, base, error) from error
+    require_all_taken(model, name, folder, base)
+    return model
 
 
 def merge_adapter(
@@ -295,16 +297,16 @@ def merge_adapter(
     """Writes base and adapter as one dense model; a base of codes is decoded for it.
 
     Raises:
-        CheckpointError: the adapter belongs to another base.
+        CheckpointError: the adapter is damaged, or belongs to another base.
         UsageError: an adapter that is no weight, or PEFT is not installed.
     """
-    peft = require_peft()
     loaded = load(model, generic=generic, dense=True)
-    check_adapter(adapter, loaded.folder)
-    told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    told = check_adapter(adapter, loaded.folder)
+    if is_bottleneck(adapter):
+        raise UsageError(f"the adapter in {adapter} is a bottleneck, no change of weights, and cannot be merged")
     require_mergeable(loaded, told.get("target_modules") or ())
+    adapted = _adapted(loaded.model, "default", adapter, loaded.folder)
     with _no_warnings():
-        adapted = peft.PeftModel.from_pretrained(loaded.model, str(adapter))
         if not hasattr(adapted.base_model, "merge_and_unload"):
             raise UsageError(f"the adapter in {adapter} is no change of weights and cannot be merged")
         tree = adapted.merge_and_unload()
@@ -312,23 +314,9 @@ def merge_adapter(
     write_trained(tree, checkpoint, read_anatomy(checkpoint, generic=generic), output, record or {"results": None})
 
 
-def _write_adapter(model: Any, base: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = None  # the path of this machine is nobody else's
-    with _no_warnings():
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-    _write_record(record, base, folder)
-
-
 def learning(model: nn.Module) -> int:
     """How many parameters learn."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _write_record(record: Mapping[str, Any], base: Path, folder: Path) -> None:
-    weights = folder / "adapter_model.safetensors"
-    told = {**record, "base_files": Checkpoint.open(base).file_hashes()}
-    write_json(folder / RECORD, {"schema": 1, **told, "sha256": file_sha256(weights), "bytes": weights.stat().st_size})
 
 
 def _start_with_residual_(model: Any, loaded: LoadedModel, job: TrainJob) -> None:

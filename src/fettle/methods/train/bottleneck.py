@@ -13,7 +13,6 @@ rank + width).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fettle.errors import CheckpointError, RecipeError, UsageError, unknown_word
+from fettle.models.config_file import read_json
 from fettle.models.loading import LoadedModel
 from fettle.models.writer import write_json, write_shard
 
@@ -132,7 +132,7 @@ def write_bottleneck(model: BottleneckModel, name: str, rank: int, folder: Path)
 def is_bottleneck(folder: Path) -> bool:
     """Whether a folder holds one."""
     path = folder / CONFIG
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == TYPE
+    return path.is_file() and read_json(path).get("peft_type") == TYPE
 
 
 def load_bottlenecks(loaded: LoadedModel, adapters: Mapping[str, Path]) -> BottleneckModel:
@@ -143,8 +143,10 @@ def load_bottlenecks(loaded: LoadedModel, adapters: Mapping[str, Path]) -> Bottl
     """
     model = BottleneckModel(loaded)
     for name, folder in adapters.items():
-        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        model.add(name, int(told["rank"]))
+        rank = read_json(folder / CONFIG).get("rank")
+        if not isinstance(rank, int) or rank < 1:
+            raise CheckpointError(f"{folder / CONFIG} is damaged: rank is {rank!r}, and must be an integer from 1")
+        model.add(name, rank)
         stored, wanted = load_file(folder / WEIGHTS), model.tensors(name)
         if {key: value.shape for key, value in stored.items()} != {key: value.shape for key, value in wanted.items()}:
             raise CheckpointError(f"the adapter in {folder} has other tensors than this base has places for")

@@ -25,17 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fettle.data.windows import calibration_windows
 from fettle.methods.train.adapter_targets import module_path
+from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.text_mix import learning_part, require_tokenizer
 from fettle.models.loading import LoadedModel
 from fettle.models.parts import Linear
-from fettle.models.writer import write_shard
 
 Bases = dict[str, tuple[Tensor, Tensor]]
 CORES = ("lora_xs", "lora_sb")
@@ -79,13 +78,23 @@ def bases(
             found[f"{module_path(linear)}.left"] = left * sizes if kind == "lora_xs" else left
             found[f"{module_path(linear)}.right"] = right
         folder.mkdir(parents=True, exist_ok=True)
-        write_shard(folder, BASES, found)
+        keep(folder, BASES, found)
     device = next(loaded.model.parameters()).device
-    stored = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+    stored = {name: tensor.to(device) for name, tensor in recall(path, _shapes(linears)).items()}
     return {
         where: (stored[f"{where}.left"], stored[f"{where}.right"])
         for where in (module_path(linear) for linear, _ in linears)
     }
+
+
+def _shapes(linears: Sequence[tuple[Linear, int]]) -> dict[str, torch.Size]:
+    """Of the bases of these matrices; the embedding's is turned."""
+    found: dict[str, torch.Size] = {}
+    for linear, rank in linears:
+        rows, columns = linear.shape if linear.role != "embedding" else linear.shape[::-1]
+        found[f"{module_path(linear)}.left"] = torch.Size([rows, rank])
+        found[f"{module_path(linear)}.right"] = torch.Size([rank, columns])
+    return found
 
 
 def main_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

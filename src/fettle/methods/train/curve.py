@@ -2,12 +2,11 @@
 
 The recorder stands between the loop's library and the disk. It keeps the trainable weights with the least held-back
 loss in a file, marks a checkpoint as whole once everything in it is on the disk (a kill in the middle of a checkpoint
-leaves one without mark, which is never used), and says when to stop.
+leaves one without mark, which is never used, and neither is one whose files changed since), and says when to stop.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fettle.errors import NonFiniteError
+from fettle.methods.train.kept import FILES, file_digests, is_whole, recall_json
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import first_says, wait_for_all
 from fettle.methods.train.sharding import write_whole
@@ -65,6 +65,7 @@ class Curve:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Curve:
         """The inverse of `to_json`."""
+        found = {key: value for key, value in found.items() if key != FILES}
         return cls(**{**found, "held_back": [(int(step), float(loss)) for step, loss in found["held_back"]]})
 
 
@@ -79,7 +80,7 @@ class Recorder:
 
     def resume(self, checkpoint: Path) -> None:
         """Takes up the curve that a whole checkpoint holds."""
-        self.curve = Curve.from_json(json.loads((checkpoint / MARK).read_text(encoding="utf-8")))
+        self.curve = Curve.from_json(recall_json(checkpoint / MARK))
         self._earlier = self.curve.seconds
         self.task.advance(len(self.curve.losses))
 
@@ -124,7 +125,7 @@ class Recorder:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         self.curve.seconds = self.seconds()
-        write_json(checkpoint / MARK, self.curve.to_json())
+        write_json(checkpoint / MARK, {**self.curve.to_json(), FILES: file_digests(checkpoint)})
         sync_folder(checkpoint.parent)
         for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
@@ -141,8 +142,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def drop_torn(folder: Path) -> None:
-    """Removes checkpoints that a kill left without their mark."""
-    whole = set(checkpoints(folder))
+    """Removes checkpoints that a kill left without their mark, and those whose files are not what their mark tells."""
+    whole = {path for path in checkpoints(folder) if is_whole(path / MARK)}
     for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
         if path not in whole:
             shutil.rmtree(path)

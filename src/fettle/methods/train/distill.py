@@ -12,7 +12,6 @@ Cost: a student's training step and a teacher's forward pass; with `teacher_top_
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.job import Learner, TrainJob
+from fettle.methods.train.kept import recall_json
 from fettle.methods.train.layer_maps import LayerMap
 from fettle.methods.train.layer_search import choose_blocks
 from fettle.methods.train.options import LoopFields, SignalFields
@@ -108,7 +108,7 @@ class Distill(LoopFields, SignalFields, DataFields):
             chosen = choose_blocks(self.student_map, self.layers, checkpoint, anatomy, self, job.device)
             write_student(checkpoint, anatomy, chosen.kept, folder)
             write_json(told, chosen.to_json())
-        return dict(json.loads(told.read_text(encoding="utf-8")))
+        return dict(recall_json(told))
 
 
 def mark_(tree: nn.Module, anatomy: Anatomy, trains: str) -> None:

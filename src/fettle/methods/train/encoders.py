@@ -201,7 +201,7 @@ def encoder_objective(
     (asked, loop), student = fields, learner.loaded
     weights = encoder_signals(asked)
     name = job.teachers(asked)[0]
-    teacher = load_teacher(name, device=job.device, generic=job.generic)
+    teacher = load_teacher(name, device=job.device, generic=job.generic, causal=False)
     if teacher.tokenizer is None or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise UsageError(f"{job.model} and {name} have different tokenizers, so their words cannot be compared")
     teacher.model.eval()

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
+from fettle.methods.train.kept import verify
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
 from fettle.methods.train.sharding import (
@@ -210,9 +210,7 @@ def run(
 def take_(module: nn.Module, path: Path) -> None:
     """Puts the tensors of a file into the parameters of the same names, which must be those that learn."""
     learned = trainable(module)
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != learned.keys():
-            raise RecipeError(f"{path} holds other parameters than learn now; start over with --fresh")
+    verify(path, {name: value.shape for name, value in learned.items()})
     for mine, value in read_parts(path, learned):
         own(mine).copy_(value)
 

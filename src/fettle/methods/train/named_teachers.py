@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from fettle.errors import UsageError
 from fettle.methods.train.adapters import load_adapters
 from fettle.models.checkpoint import Checkpoint, file_sha256
 from fettle.models.loading import LoadedModel, load
@@ -23,14 +24,18 @@ def parts(name: str) -> tuple[str, str | None]:
     return base, adapter
 
 
-def load_teacher(name: str, *, device: str, generic: bool) -> LoadedModel:
+def load_teacher(name: str, *, device: str, generic: bool, causal: bool = True) -> LoadedModel:
     """The teacher in memory.
 
     Raises:
         ModelError: no such model, or a folder that is no adapter of it.
+        UsageError: an encoder where a decoder is needed (`causal`), or the other way round.
     """
     base, adapter = parts(name)
     loaded = load(resolve(base), device=device, generic=generic)
+    if loaded.anatomy.causal != causal:
+        theirs, ours = ("an encoder", "a decoder") if causal else ("a decoder", "an encoder")
+        raise UsageError(f"the teacher {name} is {theirs} and the student {ours}; name a teacher that is one, too")
     if adapter is None:
         return loaded
     return dataclasses.replace(loaded, model=load_adapters(loaded, {"teacher": adapter}).to(device))

@@ -14,6 +14,7 @@ Weighting = Literal["fixed", "loss", "agreement"]
 Scope = Literal["sample", "task"]
 
 BEFORE = "before"  # in place of a teacher's name: the model that the stage starts from, an assistant in a chain
+MOST_STEPS, MOST_PLACES = 10_000_000, 1_000_000_000  # the order of windows is a list in memory
 SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "distances", "values", "sentences")
 
 
@@ -21,7 +22,7 @@ SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "dist
 class LoopFields:
     """How long and how fast, and on which text."""
 
-    steps: int = field(default=100, metadata={"help": "steps of the optimizer", "minimum": 1, "maximum": 10_000_000})
+    steps: int = field(default=100, metadata={"help": "steps of the optimizer", "minimum": 1, "maximum": MOST_STEPS})
     tokens: int | None = field(
         default=None, metadata={"help": "training tokens instead of steps, rounded up to a whole step", "minimum": 1}
     )
@@ -79,7 +80,7 @@ class LoopFields:
         """Checks what the fields' own bounds cannot say.
 
         Raises:
-            RecipeError: parts of a step that do not divide it, minutes that are none.
+            RecipeError: parts of a step that do not divide it, minutes that are none, more than can be listed.
         """
         if self.batch_windows % self.accumulate:
             raise RecipeError(
@@ -90,6 +91,13 @@ class LoopFields:
                 f"held_back_text={self.held_back_text} with held_back={self.held_back} and text={self.text}: no step "
                 "sees it; allowed: another text than text, and held_back of at least 1"
             )
+        places = self.planned_steps * self.batch_windows
+        if self.planned_steps > MOST_STEPS or places > MOST_PLACES:
+            asked = f"tokens={self.tokens} with length={self.length}" if self.tokens else f"steps={self.steps}"
+            raise RecipeError(
+                f"{asked} and batch_windows={self.batch_windows} are {self.planned_steps} steps that read {places} "
+                f"windows; allowed: at most {MOST_STEPS} steps and {MOST_PLACES} windows. Train less, or in parts"
+            )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise RecipeError(f"minutes={self.minutes} cannot be; allowed: numbers above 0, or none for no limit")
 
@@ -98,7 +106,7 @@ class LoopFields:
         """Steps of the schedule."""
         if self.tokens is None:
             return self.steps
-        return max(1, math.ceil(self.tokens / (self.batch_windows * self.length)))
+        return max(1, -(-self.tokens // (self.batch_windows * self.length)))
 
 
 @dataclass(frozen=True, kw_only=True)

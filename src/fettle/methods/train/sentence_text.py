@@ -20,7 +20,10 @@ def sentences(tokenizer: Any, loop: LoopFields) -> TrainingText:
         UsageError: no line to learn from or to hold back, or a tokenizer without padding.
     """
     if tokenizer.pad_token_id is None:
-        raise UsageError("this encoder's tokenizer has no padding token, so sentences cannot share a batch")
+        raise UsageError(
+            "this encoder's tokenizer has no padding token, so sentences cannot share a batch; "
+            "name one as pad_token in tokenizer_config.json"
+        )
     texts, counts = [read_text(loop.text)], [loop.windows]
     if loop.replay is not None:
         texts.append(read_text(loop.replay))

@@ -19,7 +19,6 @@ Cost: a forward pass of each teacher; by task another one for every window, once
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fettle.methods.train.kept import recall_json
 from fettle.methods.train.options import Weighting
 from fettle.methods.train.outputs import Outputs
 from fettle.methods.train.teachers import Teacher
@@ -79,7 +79,7 @@ class Several:
     ) -> None:
         """From here on weights are those of the task that a window belongs to."""
         told, path = {**identity, "text": text.sha256, "weighting": self.weighting}, folder / KEPT
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = recall_json(path) if path.is_file() else {}
         tasks = torch.tensor(text.tasks or [0] * text.learned)
         if known.get("identity") != told:
             with progress.task("teachers weighed", text.learned) as task:

@@ -29,9 +29,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
+from fettle.methods.train.kept import keep
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, process_count
-from fettle.models.writer import stored_order, write_shard
+from fettle.models.writer import stored_order
 
 ASKED = "ACCELERATE_USE_FSDP"  # what accelerate launch --use_fsdp sets
 MOMENTS = "moments.safetensors"
@@ -110,9 +111,10 @@ def own_of(value: Tensor, like: Tensor) -> Tensor:
 def write_whole(folder: Path, filename: str, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors that may lie in parts; the first process writes, all must call it where any lies in parts."""
     if is_main_process():
-        write_shard(folder, filename, tensors, read=whole)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep(folder, filename, tensors, whole)
     else:
-        for name in stored_order(tensors):
+        for name in (*sorted(tensors), *stored_order(tensors)):  # as `keep` reads them
             whole(tensors[name])
 
 

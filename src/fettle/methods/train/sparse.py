@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.prune.fields import PATTERN_HELP
 from fettle.methods.train.job import Learner, TrainJob
+from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.masks import (
     Growth,
     Score,
@@ -48,7 +48,6 @@ from fettle.models.loading import LoadedModel, load
 from fettle.models.parts import Linear
 from fettle.models.source import resolve
 from fettle.models.storage import stored_schemes
-from fettle.models.writer import write_shard
 from fettle.tensors.masked import MaskedScheme, MaskedTensor
 from fettle.tensors.patterns import parse_pattern
 from fettle.tensors.scheme import SCALE_DTYPES
@@ -194,7 +193,7 @@ class Masks:
             if is_main_process():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 masks = {n: m.mask.cpu() for n, m in zip(self.names, self.modules, strict=True)}
-                write_shard(self.folder, path.name, masks)
+                keep(self.folder, path.name, masks)
         wait_for_all()
         self._read(due)
         if due == step and self._share(step):  # drawn just now, or before a kill: what comes back begins at zero
@@ -217,7 +216,8 @@ class Masks:
         return exchanged_share(step, self.fields.regrow, self.fields.span[1])
 
     def _read(self, step: int) -> None:
-        stored = load_file(self._file(step))
+        shapes = {key: module.mask.shape for key, module in zip(self.names, self.modules, strict=True)}
+        stored = recall(self._file(step), shapes)
         for key, module in zip(self.names, self.modules, strict=True):
             module.mask = stored[key].to(module.weight.device)
         self._known = step

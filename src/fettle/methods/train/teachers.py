@@ -10,19 +10,17 @@ With T the temperature, log-probabilities are those of softmax(z / T), and `rest
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fettle.errors import UsageError
+from fettle.errors import ResumeError, UsageError
+from fettle.methods.train.kept import keep, recall, recall_json
 from fettle.methods.train.outputs import Observed, Outputs
-from fettle.models.writer import write_json, write_shard
+from fettle.models.writer import write_json
 from fettle.progress import Progress
 
 CHUNK_WINDOWS = 32
@@ -98,14 +96,14 @@ def keep_answers(
     folder.mkdir(parents=True, exist_ok=True)
     told = {**identity, "k": k, "temperature": temperature, "windows": len(ids), "tokens": ids.shape[1]}
     path = folder / IDENTITY
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != told:
+    if path.is_file() and recall_json(path) != told:
         raise UsageError(f"{folder} holds the answers of another teacher, text or temperature; remove it, or --fresh")
     write_json(path, told)
     with progress.task("teacher", len(ids)) as task:
         for first in range(0, len(ids), CHUNK_WINDOWS):
             part = ids[first : first + CHUNK_WINDOWS]
             if _chunk(folder, first) is None:
-                write_shard(folder, _chunk_name(first), _answers(teacher, part, first, k, temperature))
+                keep(folder, _chunk_name(first), _answers(teacher, part, first, k, temperature))
             task.advance(len(part))
 
 
@@ -140,7 +138,6 @@ def _chunk_name(first: int) -> str:
 
 def _chunk(folder: Path, first: int) -> dict[str, Tensor] | None:
     try:
-        found: dict[str, Tensor] = load_file(folder / _chunk_name(first))
-    except (OSError, SafetensorError):  # not there yet; damaged is as good as lost
+        return recall(folder / _chunk_name(first))
+    except ResumeError:  # not there yet; damaged is as good as lost
         return None
-    return found

@@ -80,7 +80,13 @@ def training_text(
             drawn = calibration_windows(
                 tokenizer, first, windows=count, length=fields.length, seed=fields.seed + number
             )
-            learned += _whole(drawn, fields.length)
+            whole = _whole(drawn, fields.length)
+            if number and not whole:  # it was asked for by name, and would be left out without a word
+                raise UsageError(
+                    f"{texts[number].source} has no window of {fields.length} tokens; give a longer text, a smaller "
+                    "length, or leave it out"
+                )
+            learned += whole
             drawn_from += [number] * (len(learned) - len(drawn_from))
             notes += [drawn.note] if drawn.note else []
     apart = [parts[0][1]] if fields.held_back_text is not None else []  # a text of its own counts as well

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
-from fettle.methods.train.curve import Curve
+from fettle.methods.train.curve import Curve, drop_torn
 from fettle.methods.train.distillation import Distillation
 from fettle.methods.train.encoders import encoder_objective, refuse_sources
 from fettle.methods.train.job import Learner, TrainJob, TrainMethod
@@ -69,6 +69,8 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     if is_asked(loop):
         _refuse_drawing(data)
     with process_group(job.device).main_process_first():  # what a learner writes, the others find
+        if is_main_process():
+            drop_torn(job.folder)  # before a learner asks whether it began
         learner = method.learner(job)
     require_tokenizer(learner.loaded.tokenizer, job.model)
     if learner.loaded.anatomy.causal:

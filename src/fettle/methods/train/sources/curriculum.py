@@ -13,18 +13,17 @@ killed run goes on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fettle.methods.train.kept import keep, recall, recall_json
 from fettle.methods.train.sources.fields import Pacing
 from fettle.methods.train.text_mix import TrainingText
-from fettle.models.writer import write_json, write_shard
+from fettle.models.writer import write_json
 
 START = 0.1  # c₀
 LOSSES, IDENTITY = "difficulty.safetensors", "difficulty.json"
@@ -80,11 +79,11 @@ def difficulties(
     """
     known = folder / IDENTITY
     told = {**identity, "text": text.sha256, "windows": list(text.ids.shape)}
-    if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != told:
+    if not known.is_file() or recall_json(known) != told:
         folder.mkdir(parents=True, exist_ok=True)
         loss = judge()
         found = torch.cat([loss(part) for part in text.ids[: text.learned].unsqueeze(1)]).float().cpu()
-        write_shard(folder, LOSSES, {"loss": found})
+        keep(folder, LOSSES, {"loss": found})
         write_json(known, told)
-    kept: Tensor = load_file(folder / LOSSES)["loss"]
+    kept: Tensor = recall(folder / LOSSES, {"loss": torch.Size([text.learned])})["loss"]
     return kept

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fettle.errors import UsageError
+from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, wait_for_all
 from fettle.methods.train.text_mix import TrainingText
-from fettle.models.writer import write_shard
 
 FOLDER = "drawn"
 MADE = -1  # the number of a window that no text holds
@@ -104,9 +103,9 @@ class Mix:
             if begun:
                 raise UsageError(f"{self._folder / name} is gone, from which steps were taken; start over with --fresh")
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_shard(self._folder, name, source.draw(first, self.order[places]))
+            keep(self._folder, name, source.draw(first, self.order[places]))
         wait_for_all()  # the others read what the first process wrote
-        stored = load_file(self._folder / name)
+        stored = recall(self._folder / name)
         for place, window, ids in zip(places.tolist(), stored["window"].tolist(), stored["ids"], strict=True):
             self._drawn[place] = (window, ids)
 

@@ -16,7 +16,6 @@ Cost: `length` decoding steps of the teacher for 16 texts at a time.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 
 from fettle.data.windows import Text, calibration_windows
 from fettle.errors import UsageError
+from fettle.methods.train.kept import recall_json
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.on_policy import Completer
@@ -60,7 +60,7 @@ def written_text(
             "prompt_tokens": data.prompt_tokens, "temperature": data.sampling_temperature}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / IDENTITY
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != told:
+    if known.is_file() and recall_json(known) != told:
         raise UsageError(f"{folder} holds what another teacher wrote, or from another text; remove it, or --fresh")
     write_json(known, told)
     chunks = {first: folder / f"written-{first:08d}.json" for first in range(0, count, CHUNK)}
@@ -74,7 +74,7 @@ def written_text(
                 for first in missing:
                     write_json(chunks[first], _chunk(teacher, complete, text, fields, first, min(CHUNK, count - first)))
                     task.advance()
-    texts = [text for path in chunks.values() for text in json.loads(path.read_text(encoding="utf-8"))]
+    texts = [text for path in chunks.values() for text in recall_json(path)]
     content = "\n".join(texts)
     return Text(content, "the teacher's text", hashlib.sha256(content.encode()).hexdigest())
 
