@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 from tests.apart import ROOT, run_apart, run_together
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fettle.errors import NonFiniteError, RecipeError, ResumeError
+from fettle.errors import DiskFullError, NonFiniteError, RecipeError, ResumeError
 from fettle.methods.train import Distill
 from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
@@ -254,6 +255,32 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     after = run(again, windows(), fields(steps=4, keep="last"), tmp_path, Silent())
     assert after.to_json() == {**before.to_json(), "seconds": after.seconds}
     assert torch.equal(first.weight, again.weight)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5056 vs 4948"),
+    ],
+)
+def test_a_run_whose_checkpoint_found_no_room_goes_on_once_there_is_some(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says it of a volume that filled up while it wrote the moments."""
+    whole = Pull()
+    run(whole, windows(), fields(steps=4, checkpoint_every=2, keep="last"), tmp_path / "whole", Silent())
+
+    def full(*rest: Any, **more: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(DiskFullError, match=r"run the same command again"):
+        patched.setattr(torch, "save", full)
+        run(Pull(), windows(), fields(steps=4, checkpoint_every=2, keep="last"), tmp_path / "full", Silent())
+    again = Pull()
+    curve = run(again, windows(), fields(steps=4, checkpoint_every=2, keep="last"), tmp_path / "full", Silent())
+    assert len(curve.losses) == 4
+    assert torch.equal(again.weight, whole.weight)
 
 
 def test_minutes_end_a_run(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ bytes. What steps were taken with cannot be made again, and damage there ends wi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fettle.errors import ResumeError
+from fettle.errors import DiskFullError, ResumeError
 from fettle.models.checkpoint import file_sha256
 from fettle.models.writer import write_shard
 
@@ -101,6 +104,26 @@ def is_whole(mark: Path) -> bool:
         return bool(told) and all(file_sha256(mark.parent / name) == digest for name, digest in told.items())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Around what writes into a folder by other hands than `write_shard`, torch's among them.
+
+    Raises:
+        DiskFullError: the volume is full; torch says so in words of its own archive.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = error.errno == errno.ENOSPC if isinstance(error, OSError) else "inline_container" in str(error)
+        if not full:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise DiskFullError(
+            f"no room for a checkpoint in {folder}: {free} bytes are free. Make room, or choose another folder; then "
+            "run the same command again."
+        ) from error
 
 
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:

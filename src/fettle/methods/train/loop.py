@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
-from fettle.methods.train.kept import verify
+from fettle.methods.train.kept import room_in, verify
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, process_count, wait_for_all
 from fettle.methods.train.sharding import (
@@ -171,6 +171,7 @@ def run(
 
     Raises:
         NonFiniteError: a loss that is NaN or infinite.
+        DiskFullError: a checkpoint does not fit; the run resumes once there is room.
         RecipeError: nothing learns, or more processes than windows in a part of a step.
     """
     if not trainable(objective):
@@ -193,7 +194,8 @@ def run(
         if found and done:
             take_(objective, found[-1] / WEIGHTS)
         else:
-            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+            with room_in(folder):
+                trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     curve = recorder.curve
     curve.seconds = recorder.seconds() if not (found and done) else curve.seconds
     best = curve.best
