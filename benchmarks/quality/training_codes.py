@@ -36,12 +36,14 @@ def ternary(bench: Bench) -> None:
 
 
 def scratch(bench: Bench) -> None:
-    """Ternary from random weights of the model's shape, by the text alone and by the original's probabilities as well."""
+    """Ternary from random weights of the model's shape, by the text alone, and by the original as well."""
     a = bench.arguments
     bench.tell("original", a.model)
     for name, soft in (("hard labels", 0.0), ("hard and soft labels", 1.0)):
         fields = bench.fields(learning_rate=a.rate, begin="random", hard=1.0, soft=soft)
-        made, told = bench.trained(f"scratch-{a.ternary}-{name}-{a.steps}", Qat(**fields, **_ternary(a.ternary)), a.model)
+        made, told = bench.trained(
+            f"scratch-{a.ternary}-{name}-{a.steps}", Qat(**fields, **_ternary(a.ternary)), a.model
+        )
         bench.tell(f"ternary from scratch, {a.ternary}, {name}", made, rate=a.rate, **told)
 
 

@@ -33,7 +33,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "ternary": {"grid": "ternary", "granularity": "tensor", "activations": "dynamic"},
     "binary": {"grid": "binary", "group_size": 16},
 }
-SCRATCH: dict[str, Any] = {"begin": "random", "hard": 1.0, "soft": 0.0, "learning_rate": 1e-2, "steps": 30, "windows": 64}
+SCRATCH: dict[str, Any] = {
+    "begin": "random",
+    "hard": 1.0,
+    "soft": 0.0,
+    "learning_rate": 1e-2,
+    "steps": 30,
+    "windows": 64,
+}
 
 
 def test_the_weights_are_transformers_own_first_ones(tmp_path: Path) -> None:
@@ -80,7 +87,12 @@ def test_codes_are_learned_from_random_weights(
         assert torch.equal(read_quantized(checkpoint, linear, stored[linear.name]).dequantize(), values)
     first = load_afresh(tiny_llama, 0, device="cpu", generic=False).model.state_dict()
     last = load(output).model.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"):
+    for name in (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.input_layernorm.weight",
+    ):
         assert not torch.equal(first[name].bfloat16().float(), last[name]), name
     assert moved(checkpoint) == "it was trained from random weights"
 

@@ -225,7 +225,9 @@ def test_coded_embedding_and_head_stay_the_codes_that_they_were(
         {"method": "round_to_nearest", "bits": 8, "group_size": 32, "where": {"role": ["embedding", "head"]}},
     ]
     fettle.compress(tiny_llama, base, parse_recipe({"name": "coded", "steps": steps}, "test"), evaluate=False)
-    with pytest.raises(RecipeError, match="has codes in .*embed_tokens and lm_head, .* allowed: trains: codes, blocks"):
+    with pytest.raises(
+        RecipeError, match=r"has codes in .*embed_tokens and lm_head, .* allowed: trains: codes, blocks"
+    ):
         trained(Qat, base, tiny_llama, trains="all")
     output, _ = trained(Qat, base, tiny_llama, keep="last", learning_rate=2e-2)
     before, after = Checkpoint.open(base), Checkpoint.open(output)

@@ -2,8 +2,8 @@
 
 Healing is distillation whose teacher is the model before the damage: what pruning, narrowing or a lost layer broke is
 learned back from the original's probabilities. With `layers` the student is made first, of the model's own blocks; with
-`begin: random` nothing but its shape is kept. With `keep_zeros` weights that are zero stay zero, so that a pruned model heals inside its mask. With `hard: 1` and `soft: 0`
-it is plain fine-tuning.
+`begin: random` nothing but its shape is kept. With `keep_zeros` weights that are zero stay zero, so that a pruned model
+heals inside its mask. With `hard: 1` and `soft: 0` it is plain fine-tuning.
 
     loss = α · CE + β · T² · KL + …        signals and sources: signals.py
 
@@ -65,8 +65,8 @@ class Distill(LoopFields, SignalFields, DataFields):
         self.check_data(self, self)
         if self.begin == "random" and (self.trains != "all" or self.keep_zeros):
             raise RecipeError(
-                f"begin: random with trains={self.trains} and keep_zeros={self.keep_zeros}: random weights would stay as "
-                "they are, and have no zeros; allowed: trains: all, without keep_zeros"
+                f"begin: random with trains={self.trains} and keep_zeros={self.keep_zeros}: random weights would stay "
+                "as they are, and have no zeros; allowed: trains: all, without keep_zeros"
             )
 
     def learner(self, job: TrainJob) -> Learner:

@@ -33,8 +33,8 @@ def load_afresh(model: Path, seed: int, *, device: str, generic: bool) -> Loaded
     checkpoint = Checkpoint.open(model)
     if stored_schemes(checkpoint, read_anatomy(checkpoint, generic=generic)):
         raise RecipeError(
-            f"{model} is stored as codes or masks, and begin: random would throw them away; give the original model, or "
-            "leave begin out"
+            f"{model} is stored as codes or masks, and begin: random would throw them away; give the original model, "
+            "or leave begin out"
         )
     loaded = load(model, generic=generic)
     tree: Any = loaded.model

@@ -45,7 +45,8 @@ class LoopFields:
         default="cosine", metadata={"help": "how the step size falls to zero"}
     )
     warmup: float = field(
-        default=0.05, metadata={"help": "share of the steps or minutes in which it rises", "minimum": 0.0, "maximum": 1.0}
+        default=0.05,
+        metadata={"help": "share of the steps or minutes in which it rises", "minimum": 0.0, "maximum": 1.0},
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "keep a block's inputs alone and run it again for its gradients: less memory"}
@@ -93,8 +94,8 @@ class LoopFields:
         given = [name for name, limit in limits.items() if limit is not None]
         if len(given) > 1:
             raise RecipeError(
-                f"{', '.join(f'{name}={limits[name]}' for name in given)}: one limit ends a run and its schedule; leave "
-                f"out all but one of {', '.join(given)}"
+                f"{', '.join(f'{name}={limits[name]}' for name in given)}: one limit ends a run and its schedule; "
+                f"leave out all but one of {', '.join(given)}"
             )
         if self.batch_windows % self.accumulate:
             raise RecipeError(

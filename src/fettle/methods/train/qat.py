@@ -10,7 +10,8 @@ one is found on the spot, and the weights learn to live with it.
 
 With `grid: ternary, granularity: tensor` (and inputs of 8 bits) it is BitNet b1.58's training, from a pretrained model;
 `grid: binary` that of binary weights. With `begin: random` it is both from scratch: nothing of the model but its shape
-is kept, and everything learns, embedding, head and norms included. What learns, and how: `fake_quantization.py`; of vector codes: `fake_vectors.py`.
+is kept, and everything learns, embedding, head and norms included. What learns, and how: `fake_quantization.py`; of
+vector codes: `fake_vectors.py`.
 
 Cost: a training step with one more rounding of every weight, and the teacher's forward pass.
 """
@@ -124,7 +125,9 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             codes: dict[str, CompressedWeight] = {x.name: _module(loaded, x).quantized() for x in linears}
             codes |= _outside(checkpoint, anatomy, stored)
             begun = {BEGUN_AFRESH: True} if self.begin == "random" else {}
-            write_trained(loaded.model, checkpoint, anatomy, job.output, {**record, **begun}, codes=codes, storage=storage)
+            write_trained(
+                loaded.model, checkpoint, anatomy, job.output, {**record, **begun}, codes=codes, storage=storage
+            )
 
         return Learner(loaded=loaded, model=loaded.model, write=write, rates=self._rates(loaded.model))
 

@@ -65,7 +65,9 @@ class Mix:
         self, text: TrainingText, order: Tensor | Order, fields: LoopFields,
         *, sources: Sequence[Source] = (), every: int = 1, folder: Path = Path(),
     ) -> None:  # fmt: skip
-        """`order` int64 [steps · batch_windows], drawn already or on the way; `every`, a segment's steps; `folder` for what sources drew."""
+        """`order` int64 [steps · batch_windows], drawn or drawn on the way; `every`, a segment's steps; `folder` for
+        what sources drew.
+        """
         self.text, self.order, self.sources = text, order, tuple(sources)
         self._batch, self._seed, self._every, self._folder = fields.batch_windows, fields.seed, every, folder
         self._segment = -1
