@@ -4,10 +4,12 @@ python benchmarks/quality/training.py ../shared/assets/models/stories260K --part
     --text …/tinystories/train_a.txt --judge …/tinystories/valid.txt
 python benchmarks/quality/python_text.py python.txt
 python benchmarks/quality/training.py demo --parts student --steps 300 --text python.txt
+python benchmarks/quality/training.py demo --parts scratch --steps 200 --batch 4 --rate 0.003 --ternary tensor \
+    --text python.txt
 python benchmarks/quality/training.py demo --parts adapters --steps 60 --batch 4 \
     --domain …/tinystories/train_a.txt --domain-judge …/tinystories/valid.txt
 
-Parts: codes, ternary (`training_codes.py`), student, narrowed (`training_students.py`), adapters
+Parts: codes, ternary, scratch (`training_codes.py`), student, narrowed (`training_students.py`), adapters
 (`training_adapters.py`, which needs --domain). Figures are of written, reloaded files on the judging text, which no
 step sees. With --work FOLDER a killed run goes on where it was, and what is made is kept. Without arguments: few steps
 on the embedded model, which show that it runs. Memory: `training_memory.py`.
@@ -21,10 +23,13 @@ from pathlib import Path
 
 from training_adapters import KINDS, adapters
 from training_bench import Bench
-from training_codes import codes, ternary
+from training_codes import codes, scratch, ternary
 from training_students import SEVERAL, SIGNALS, narrowed, student
 
-PARTS = {"codes": codes, "ternary": ternary, "student": student, "narrowed": narrowed, "adapters": adapters}
+PARTS = {
+    "codes": codes, "ternary": ternary, "scratch": scratch, "student": student, "narrowed": narrowed,
+    "adapters": adapters,
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:

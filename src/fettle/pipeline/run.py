@@ -30,6 +30,7 @@ from fettle.data.windows import Text, Windows, calibration_windows, read_text
 from fettle.errors import CheckpointError, DiskFullError, InterruptedRunError, UsageError
 from fettle.methods.protocols import BasisMethod
 from fettle.methods.registry import prunes_networks, to_fields
+from fettle.methods.train.writing import BEGUN_AFRESH
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.config_file import context_length
@@ -69,6 +70,7 @@ class Run:
     workers: Workers
     reshaped: tuple[dict[str, Any], ...] = ()  # what the reshaping steps decided; `checkpoint` is then a view
     base_is_reshaped: bool = False  # an earlier run gave it another shape than that of what it was made from
+    base_begun_afresh: bool = False  # an earlier training began at random weights
 
     @property
     def job(self) -> Job:
@@ -141,6 +143,7 @@ def prepare(
         model=display_name(model), asked=str(model), checkpoint=checkpoint, anatomy=anatomy, recipe=recipe,
         layout=layout, text=text, windows=windows, identity=identity, device=device, workers=workers,
         reshaped=shaped.decided, base_is_reshaped=bool((base_record or {}).get("reshaped")),
+        base_begun_afresh=bool((base_record or {}).get(BEGUN_AFRESH)),
     )  # fmt: skip
 
 
@@ -275,6 +278,7 @@ def marker(run: Run, output: Path, journal: Journal, results: dict[str, Any] | N
         "causal": run.anatomy.causal,
         "recipe": run.identity["recipe"],
         "reshaped": list(run.reshaped) or run.base_is_reshaped,
+        **({BEGUN_AFRESH: True} if run.base_begun_afresh else {}),
         "calibration": calibration_summary(run),
         "ledger": ledger,
         "files": {record.shard: record.sha256 for record in records},

@@ -54,7 +54,7 @@ def test_what_is_computed_with_is_what_the_written_codes_decode_to(name: str) ->
     assert torch.equal(made(inputs), linear(inputs, decoded))
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMES if "tensor" not in n])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_the_gradients_are_lsqs_entry_by_entry(name: str) -> None:
     found = SCHEMES[name]
     made = layer(found)
@@ -65,9 +65,9 @@ def test_the_gradients_are_lsqs_entry_by_entry(name: str) -> None:
     clipped, per_scale = 0, torch.zeros(shared.scale.shape)
     for o in range(5):
         for i in range(20):
-            g = i // (found.group_size or 20)
-            s = float(shared.scale[o, g].float())
-            zero = 0.0 if shared.zero_point is None else float(shared.zero_point[o, g]) + levels[0]
+            r, g = (0 if found.granularity == "tensor" else o), i // (found.group_size or 20)
+            s = float(shared.scale[r, g].float())
+            zero = 0.0 if shared.zero_point is None else float(shared.zero_point[r, g]) + levels[0]
             low = levels[0] - zero - (levels[1] - levels[0]) / 2
             high = levels[-1] - zero + (levels[-1] - levels[-2]) / 2
             u = float(weight()[o, i]) / s
@@ -75,9 +75,19 @@ def test_the_gradients_are_lsqs_entry_by_entry(name: str) -> None:
             clipped += not inside
             assert float(made.weight.grad[o, i]) == pytest.approx(float(pull[o, i]) if inside else 0.0)
             q = float(values[o, i]) / s
-            per_scale[o, g] += float(pull[o, i]) * s * (q - u if inside else q)
+            per_scale[r, g] += float(pull[o, i]) * s * (q - u if inside else q)
     assert clipped
     assert torch.allclose(made.log_scale.grad, per_scale, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bias_is_added_and_learns() -> None:
+    found, bias = scheme(bits=4), torch.arange(5.0)
+    made = FakeQuantizedLinear(weight(), bias, found, "learned", choose_shared(weight(), found, clip="none"))
+    inputs = torch.randn(3, 20)
+    assert torch.equal(made(inputs), linear(inputs, made.values(), bias))
+    made(inputs).sum().backward()
+    assert made.bias is not None
+    assert torch.equal(made.bias.grad, torch.full((5,), 3.0))
 
 
 def test_a_scale_learns_what_shrinks_the_error() -> None:

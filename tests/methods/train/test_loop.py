@@ -6,10 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -283,10 +286,119 @@ def test_a_run_whose_checkpoint_found_no_room_goes_on_once_there_is_some(
     assert torch.equal(again.weight, whole.weight)
 
 
-def test_minutes_end_a_run(tmp_path: Path) -> None:
-    curve = run(Pull(), windows(0), fields(steps=10_000, minutes=1e-4), tmp_path, Silent())
-    assert len(curve.losses) < 10_000
-    assert curve.stopped == "0.0001 minutes were over"
+class Clock(curve_module.Recorder):
+    """Each step takes ten seconds."""
+
+    def seconds(self) -> float:
+        return 10.0 * (len(self.curve.losses) + 1)
+
+
+def test_minutes_alone_bound_a_run_and_its_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve steps of ten seconds in two minutes: the step size falls to zero with the last, which is looked at."""
+
+    class Told(Silent):
+        def __init__(self) -> None:
+            self.total, self.done = 0, 0
+
+        @contextmanager
+        def task(self, description: str, total: int) -> Iterator[Any]:
+            self.total = total
+            yield self
+
+        def advance(self, n: int = 1) -> None:
+            self.done += n
+
+    monkeypatch.setattr(curve_module.Recorder, "seconds", Clock.seconds)
+    how: dict[str, Any] = {"steps": None, "minutes": 2.0, "look_every": 5, "schedule": "linear"}
+    told = Told()
+    curve = run(Pull(), windows(), fields(**how), tmp_path / "linear", told)
+    assert curve.learning_rates == pytest.approx([0.2 * (1 - step / 12) for step in range(12)])
+    assert [step for step, _ in curve.held_back] == [0, 5, 10, 12]
+    assert curve.stopped == "2 minutes were over"
+    assert (told.total, told.done) == (120, 120)
+    again = Pull()
+    assert run(again, windows(), fields(**how), tmp_path / "linear", Silent()).losses == curve.losses  # not run again
+    cosine = run(Pull(), windows(0), fields(**how | {"schedule": "cosine", "warmup": 0.25}), tmp_path / "c", Silent())
+    assert cosine.learning_rates[:4] == pytest.approx([0.0, 0.2 / 3, 0.4 / 3, 0.2])
+    assert cosine.learning_rates[6:] == sorted(cosine.learning_rates[6:], reverse=True)
+    assert cosine.learning_rates[-1] < 0.01
+
+
+def test_a_timed_run_that_was_killed_goes_on_with_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"steps": None, "minutes": 2.0, "checkpoint_every": 4, "schedule": "linear"}
+    with monkeypatch.context() as slow:  # the sixth step takes for ever
+        slow.setattr(curve_module.Recorder, "seconds", Clock.seconds)
+        first = run(Pull(), windows(0), fields(**how), tmp_path, Silent())
+    for checkpoint in checkpoints(tmp_path)[1:]:
+        shutil.rmtree(checkpoint)
+    (found,) = checkpoints(tmp_path)
+    told = json.loads((found / MARK).read_text())
+    (found / MARK).write_text(json.dumps({**told, "seconds": 119.9}))
+    second = run(Pull(), windows(0), fields(**how), tmp_path, Silent())
+    steps = len(told["losses"])
+    assert second.losses[:steps] == first.losses[:steps]
+    assert second.learning_rates[steps] == pytest.approx(first.learning_rates[steps])  # as the checkpoint says
+    assert all(rate < 0.001 for rate in second.learning_rates[steps + 1 :])
+    assert second.stopped == "2 minutes were over"
+    assert 120 <= second.seconds < 125
+
+
+def test_tokens_bound_a_run(tmp_path: Path) -> None:
+    """Windows of 4 tokens, 2 a step: 41 tokens are 6 steps, over which the schedule falls."""
+    how = fields(steps=None, tokens=41, length=4, schedule="linear")
+    curve = run(Pull(), windows(0), how, tmp_path, Silent())
+    assert curve.learning_rates == pytest.approx([0.2 * (1 - step / 6) for step in range(6)])
+    assert curve.stopped == ""
+
+
+class Parts(Objective):
+    """A bit of everything that an optimizer is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Module()
+        self.layer.weight = torch.nn.Parameter(torch.ones(2, 3))
+        self.layer.log_scale = torch.nn.Parameter(torch.ones(2, 3))
+        self.layer.scores = torch.nn.Parameter(torch.ones(2, 3))
+        self.layer.bias = torch.nn.Parameter(torch.ones(2))
+        self.layer.ia3_l = torch.nn.ParameterDict({"default": torch.nn.Parameter(torch.ones(2, 1))})
+        self.norm = torch.nn.Parameter(torch.ones(3))
+        self.factors: dict[str, float] = {}
+
+    def rates(self) -> dict[str, float]:
+        return self.factors
+
+    def forward(self, window: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": sum(0 * value.sum() for value in self.parameters()) + 0 * window.sum()}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_weights_decay_and_nothing_else_does(tmp_path: Path, factor: float) -> None:
+    """Without any gradient, one step shrinks weights by rate times decay, whatever the factor of the rate."""
+    parts = Parts()
+    parts.factors = {"layer.weight": factor, "layer.log_scale": factor}
+    how = fields(steps=1, schedule="constant", weight_decay=0.5, keep="last")
+    run(parts, windows(0), how, tmp_path, Silent())
+    for name, value in parts.named_parameters():
+        wanted = 1 - 0.2 * factor * 0.5 if name == "layer.weight" else 1.0
+        assert torch.allclose(value, torch.full_like(value, wanted)), name
+
+
+def test_factors_of_the_rate_are_steps_sizes(tmp_path: Path) -> None:
+    """Adam's first step is the rate, times the factor that the objective gives a parameter."""
+
+    class Pulled(Parts):
+        def forward(self, window: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": sum(value.sum() for value in self.parameters()) + 0 * window.sum()}  # type: ignore[dict-item]
+
+    parts = Pulled()
+    parts.factors = {"layer.log_scale": 0.25, "norm": 0.0}
+    run(parts, windows(0), fields(steps=1, schedule="constant", keep="last"), tmp_path, Silent())
+    for name, value in parts.named_parameters():
+        wanted = 1 - 0.2 * parts.factors.get(name, 1.0)
+        assert torch.allclose(value, torch.full_like(value, wanted), atol=1e-5), name
 
 
 def test_a_loss_that_is_no_number_ends_with_its_step(tmp_path: Path) -> None:

@@ -20,6 +20,13 @@ from fettle.methods.train import TRAIN_METHODS, Distill
         ("distill", {"tokens": 10**15}, r"tokens=10+ with length=256 and .* allowed: at most 10000000 steps"),
         ("qat", {"batch_windows": 10**12}, r"steps=100 and .* read 10+ windows; allowed: .* 1000000000 windows"),
         ("sparse", {"checkpoint_every": 10**30}, "checkpoint_every=10+ cannot be; allowed: integers from 1 to 9223"),
+        ("distill", {"steps": 5, "minutes": 3.0}, "steps=5, minutes=3.0: .* leave out all but one of steps, minutes"),
+        ("qat", {"steps": 5, "tokens": 300}, "steps=5, tokens=300: .* leave out all but one of steps, tokens"),
+        ("adapter", {"tokens": 300, "minutes": 3.0}, "leave out all but one of tokens, minutes"),
+        ("sparse", {"minutes": 3.0}, "in whose shares masks grow .* allowed: steps or tokens"),
+        ("distill", {"minutes": 3.0, "curriculum": "teacher"}, "grows with the share of the steps"),
+        ("qat", {"begin": "random", "trains": "codes"}, "allowed with begin: random: all"),
+        ("distill", {"begin": "random", "trains": "norms"}, "allowed: trains: all, without keep_zeros"),
         ("distill", {"teacher_top_k": 4, "features": 1.0}, "features need the teacher itself"),
         ("distill", {"teacher": "a,b", "features": 1.0}, "no mean of features"),
         ("distill", {"teacher": "a,b", "teacher_weights": "1"}, "give one positive number for each"),
@@ -58,6 +65,7 @@ def test_tokens_become_whole_steps() -> None:
     assert Distill(tokens=1000, batch_windows=2, length=100).planned_steps == 5
     assert Distill(tokens=1001, batch_windows=2, length=100).planned_steps == 6
     assert Distill(steps=7).planned_steps == 7
+    assert Distill().planned_steps == 100
 
 
 def test_weights_of_several_teachers_become_shares() -> None:

@@ -75,6 +75,8 @@ class Recorder:
     def __init__(self, objective: nn.Module, fields: LoopFields, folder: Path, task: Task) -> None:
         self.objective, self.fields, self.folder, self.task = objective, fields, folder, task
         self.curve = Curve()
+        self.share = 0.0  # of the minutes, where they bound the run
+        self._told = 0  # seconds that the task was told of
         self._earlier = 0.0
         self._started = time.monotonic()
 
@@ -82,7 +84,7 @@ class Recorder:
         """Takes up the curve that a whole checkpoint holds."""
         self.curve = Curve.from_json(recall_json(checkpoint / MARK))
         self._earlier = self.curve.seconds
-        self.task.advance(len(self.curve.losses))
+        self.task.advance(self._progress(len(self.curve.losses)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **rest: Any) -> None:
         """One step's loss; raises NonFiniteError where it is none."""
@@ -94,7 +96,7 @@ class Recorder:
             )
         self.curve.losses.append(float(logs["loss"]))
         self.curve.learning_rates.append(float(logs["learning_rate"]))
-        self.task.advance()
+        self.task.advance(self._progress(1))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **rest: Any) -> None:
         """A look at the windows held back: the best weights so far are kept, and too many misses end the run."""
@@ -104,16 +106,21 @@ class Recorder:
         self.curve.held_back.append((step, loss))
         if self.curve.best == (step, loss) and self.fields.keep == "best":
             write_whole(self.folder, BEST, trainable(self.objective))
-        if self.curve.misses() >= self.fields.patience:
+        if self.curve.misses() >= self.fields.patience and not self.curve.stopped:
             self.curve.stopped = f"{self.fields.patience} looks at the windows held back without a gain"
             control.should_training_stop = True
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Looks at the clock, just before the schedule gives the next step its size."""
+        if self.fields.minutes is not None:
+            self.share = min(1.0, first_says(self.seconds() / (60 * self.fields.minutes)))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Ends the run when its minutes are over."""
-        limit = self.fields.minutes
-        if limit is not None and state.global_step < state.max_steps and first_says(self.seconds() >= 60 * limit):
-            self.curve.stopped = f"{limit:g} minutes were over"
-            control.should_training_stop = True
+        """Ends the run when its minutes are over, with a last look at what they led to."""
+        if self.fields.minutes is not None and self.share >= 1.0:
+            self.curve.stopped = f"{self.fields.minutes:g} minutes were over"
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = args.eval_strategy != "no"
 
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Marks the checkpoint as whole and removes those before the last two."""
@@ -129,6 +136,13 @@ class Recorder:
         sync_folder(checkpoint.parent)
         for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
+
+    def _progress(self, steps: int) -> int:
+        """What the task is told after so many more steps: these, or the seconds since, where minutes bound the run."""
+        if self.fields.minutes is None:
+            return steps
+        before, self._told = self._told, int(min(self.seconds(), 60 * self.fields.minutes))
+        return self._told - before
 
     def seconds(self) -> float:
         """Seconds of all sittings."""

@@ -1,9 +1,9 @@
 """Distillation and healing: all weights of a dense model learn from a teacher, and from the text where asked.
 
 Healing is distillation whose teacher is the model before the damage: what pruning, narrowing or a lost layer broke is
-learned back from the original's probabilities. With `layers` the student is made first, of the model's own blocks. With
-`keep_zeros` weights that are zero stay zero, so that a pruned model heals inside its mask. With `hard: 1` and `soft: 0`
-it is plain fine-tuning.
+learned back from the original's probabilities. With `layers` the student is made first, of the model's own blocks; with
+`begin: random` nothing but its shape is kept. With `keep_zeros` weights that are zero stay zero, so that a pruned model
+heals inside its mask. With `hard: 1` and `soft: 0` it is plain fine-tuning.
 
     loss = α · CE + β · T² · KL + …        signals and sources: signals.py
 
@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
+from fettle.methods.train.fresh import BEGIN_HELP, Begin, load_afresh
 from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.kept import recall_json
 from fettle.methods.train.layer_maps import LayerMap
@@ -27,7 +28,7 @@ from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.sharding import is_part, own
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.students import write_student
-from fettle.methods.train.writing import write_trained
+from fettle.methods.train.writing import BEGUN_AFRESH, write_trained
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import load
@@ -55,12 +56,18 @@ class Distill(LoopFields, SignalFields, DataFields):
         default="uniform", metadata={"help": "which of its blocks the student keeps; influence and loss are measured"}
     )
     keep_zeros: bool = field(default=False, metadata={"help": "weights that are zero stay zero (a pruned model)"})
+    begin: Begin = field(default="pretrained", metadata={"help": BEGIN_HELP})
 
     def validate(self) -> None:
         """Checks that the fields fit together; RecipeError where not."""
         self.check_loop()
         self.check_signals()
         self.check_data(self, self)
+        if self.begin == "random" and (self.trains != "all" or self.keep_zeros):
+            raise RecipeError(
+                f"begin: random with trains={self.trains} and keep_zeros={self.keep_zeros}: random weights would stay "
+                "as they are, and have no zeros; allowed: trains: all, without keep_zeros"
+            )
 
     def learner(self, job: TrainJob) -> Learner:
         """The dense student."""
@@ -83,14 +90,18 @@ class Distill(LoopFields, SignalFields, DataFields):
             folder = job.folder / "student"
             made = self._student(checkpoint, anatomy, folder, job)
             checkpoint = Checkpoint.open(folder)
-        loaded = load(folder, device=job.device, generic=job.generic, dense=masked)
+        if self.begin == "random":
+            loaded = load_afresh(folder, self.seed, device=job.device, generic=job.generic)
+        else:
+            loaded = load(folder, device=job.device, generic=job.generic, dense=masked)
         mark_(loaded.model, loaded.anatomy, self.trains)
         if self.keep_zeros:
             hold_zeros_(loaded.model)
 
         def write(record: dict[str, Any]) -> None:
             shape = {"reshaped": True, "student": made} if self.layers is not None else {}
-            write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, {**record, **shape})
+            begun = {BEGUN_AFRESH: True} if self.begin == "random" else {}
+            write_trained(loaded.model, checkpoint, loaded.anatomy, job.output, {**record, **shape, **begun})
 
         def hold_again() -> None:
             if self.keep_zeros:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fettle.methods.protocols import RescalingMethod
 from fettle.methods.registry import METHODS
+from fettle.methods.train.writing import BEGUN_AFRESH
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.rotated import BASIS_KEY
 
@@ -19,6 +20,8 @@ def moved(checkpoint: Checkpoint) -> str | None:
         return "it is rotated"
     if record.get("reshaped"):
         return "it has another shape"
+    if record.get(BEGUN_AFRESH):
+        return "it was trained from random weights"
     steps = (record.get("recipe") or {}).get("steps") or ()
     rescaled = [step["method"] for step in steps if issubclass(METHODS.get(step["method"], object), RescalingMethod)]
     return f"{rescaled[0]} rescaled its columns" if rescaled else None

@@ -17,6 +17,7 @@ Cost: parameters that learn four times in float32 (values, gradients, two moment
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fettle.errors import RecipeError
 from fettle.methods.train.curve import BEST, CHECKPOINTS, Curve, Recorder, checkpoints, drop_torn, trainable
@@ -51,6 +53,7 @@ from fettle.progress import Progress, Task
 
 WEIGHTS, SCHEDULE = "model.safetensors", "scheduler.pt"  # the names that Trainer looks for
 CURVE = "curve.json"
+NO_WEIGHTS = {"log_scale", "scores", "ia3_l"}  # of two dimensions, and zero is not where they are small
 
 
 class Objective(nn.Module):
@@ -185,7 +188,8 @@ def run(
     if is_main_process():
         drop_torn(folder)
     found = checkpoints(folder)
-    with progress.task("training", steps) as task, _quiet():
+    total = steps if fields.minutes is None else math.ceil(60 * fields.minutes)
+    with progress.task("training", total) as task, _quiet():
         recorder = _recorder(objective, fields, folder, task, mix)
         if found:
             recorder.resume(found[-1])
@@ -245,6 +249,8 @@ def _trainer(objective: Objective, mix: Mix, fields: LoopFields, folder: Path, r
         """Trainer over a list of windows."""
 
     steps, text = fields.planned_steps, mix.text
+    optimizer = _optimizer(objective, fields)
+    timed = LambdaLR(optimizer, lambda _: timed_rate(recorder.share, fields)) if fields.minutes is not None else None
     trainer = InOrderTrainer(
         model=objective,
         args=_arguments(objective, fields, folder, steps, looks=len(text.held_back) > 0),
@@ -252,7 +258,7 @@ def _trainer(objective: Objective, mix: Mix, fields: LoopFields, folder: Path, r
         eval_dataset=WindowList(text.ids, text.held_back) if len(text.held_back) else None,
         data_collator=_collate,
         callbacks=[recorder],
-        optimizers=(_optimizer(objective, fields), None),
+        optimizers=(optimizer, timed),  # without one it makes the schedule that the arguments name
     )
     trainer.mix = mix
     for printer in ("PrinterCallback", "ProgressCallback"):
@@ -304,22 +310,38 @@ def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: in
 
 
 def _optimizer(objective: Objective, fields: LoopFields) -> torch.optim.Optimizer:
-    groups: dict[float, list[Tensor]] = {}
+    """AdamW over groups of one factor each; weights decay, and nothing else (scales, scores, norms, biases)."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     factors = objective.rates()
     for name, value in objective.named_parameters():
         if value.requires_grad:
             factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
-            groups.setdefault(factor, []).append(value)
+            decays = value.dim() >= 2 and not NO_WEIGHTS & set(name.split("."))
+            groups.setdefault((factor, decays), []).append(value)
     return torch.optim.AdamW(
         [
             {
                 "params": values,
                 "lr": factor * fields.learning_rate,
-                "weight_decay": fields.weight_decay if factor == 1.0 else 0.0,
+                "weight_decay": fields.weight_decay if decays else 0.0,
             }
-            for factor, values in groups.items()
+            for (factor, decays), values in groups.items()
         ]
     )
+
+
+def timed_rate(share: float, fields: LoopFields) -> float:
+    """The factor of the learning rate when this share of the minutes is over: Trainer's schedules, by the clock.
+
+    >>> [round(timed_rate(share, LoopFields(minutes=1.0, warmup=0.2)), 2) for share in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if share < fields.warmup:
+        return share / fields.warmup
+    left = (1 - share) / (1 - fields.warmup) if fields.warmup < 1 else 1.0
+    if fields.schedule == "cosine":
+        return (1 - math.cos(math.pi * left)) / 2
+    return left if fields.schedule == "linear" else 1.0
 
 
 def _collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

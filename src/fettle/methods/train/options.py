@@ -13,6 +13,7 @@ from fettle.methods.train.signals import Divergence
 Weighting = Literal["fixed", "loss", "agreement"]
 Scope = Literal["sample", "task"]
 
+USUAL_STEPS = 100
 BEFORE = "before"  # in place of a teacher's name: the model that the stage starts from, an assistant in a chain
 MOST_STEPS, MOST_PLACES = 10_000_000, 1_000_000_000  # the order of windows is a list in memory
 SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "distances", "values", "sentences")
@@ -22,12 +23,19 @@ SIGNALS = ("hard", "soft", "logits", "features", "attention", "relations", "dist
 class LoopFields:
     """How long and how fast, and on which text."""
 
-    steps: int = field(default=100, metadata={"help": "steps of the optimizer", "minimum": 1, "maximum": MOST_STEPS})
+    steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"steps of the optimizer; none: {USUAL_STEPS}, unless tokens or minutes are given",
+            "minimum": 1, "maximum": MOST_STEPS,
+        },
+    )  # fmt: skip
     tokens: int | None = field(
         default=None, metadata={"help": "training tokens instead of steps, rounded up to a whole step", "minimum": 1}
     )
     minutes: float | None = field(
-        default=None, metadata={"help": "stop after so many minutes at the latest; no two runs then stop alike"}
+        default=None,
+        metadata={"help": "minutes instead of steps; the step size follows the clock, and no two runs are alike"},
     )
     batch_windows: int = field(default=8, metadata={"help": "windows a step, over all processes", "minimum": 1})
     accumulate: int = field(default=1, metadata={"help": "parts that a step's windows are taken in", "minimum": 1})
@@ -38,7 +46,8 @@ class LoopFields:
         default="cosine", metadata={"help": "how the step size falls to zero"}
     )
     warmup: float = field(
-        default=0.05, metadata={"help": "share of the steps in which it rises", "minimum": 0.0, "maximum": 1.0}
+        default=0.05,
+        metadata={"help": "share of the steps or minutes in which it rises", "minimum": 0.0, "maximum": 1.0},
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "keep a block's inputs alone and run it again for its gradients: less memory"}
@@ -80,8 +89,16 @@ class LoopFields:
         """Checks what the fields' own bounds cannot say.
 
         Raises:
-            RecipeError: parts of a step that do not divide it, minutes that are none, more than can be listed.
+            RecipeError: several limits, parts of a step that do not divide it, minutes that are none, more than can be
+                listed.
         """
+        limits = {name: getattr(self, name) for name in ("steps", "tokens", "minutes")}
+        given = [name for name, limit in limits.items() if limit is not None]
+        if len(given) > 1:
+            raise RecipeError(
+                f"{', '.join(f'{name}={limits[name]}' for name in given)}: one limit ends a run and its schedule; "
+                f"leave out all but one of {', '.join(given)}"
+            )
         if self.batch_windows % self.accumulate:
             raise RecipeError(
                 f"accumulate={self.accumulate} does not divide batch_windows={self.batch_windows}; allowed: a divisor"
@@ -92,20 +109,22 @@ class LoopFields:
                 "sees it; allowed: another text than text, and held_back of at least 1"
             )
         places = self.planned_steps * self.batch_windows
-        if self.planned_steps > MOST_STEPS or places > MOST_PLACES:
-            asked = f"tokens={self.tokens} with length={self.length}" if self.tokens else f"steps={self.steps}"
+        if self.minutes is None and (self.planned_steps > MOST_STEPS or places > MOST_PLACES):
+            asked = f"tokens={self.tokens} with length={self.length}" if self.tokens else f"steps={self.planned_steps}"
             raise RecipeError(
                 f"{asked} and batch_windows={self.batch_windows} are {self.planned_steps} steps that read {places} "
                 f"windows; allowed: at most {MOST_STEPS} steps and {MOST_PLACES} windows. Train less, or in parts"
             )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise RecipeError(f"minutes={self.minutes} cannot be; allowed: numbers above 0, or none for no limit")
+            raise RecipeError(f"minutes={self.minutes} cannot be; allowed: numbers above 0, or none for another limit")
 
     @property
     def planned_steps(self) -> int:
-        """Steps of the schedule."""
+        """Steps of the schedule; by minutes more than they can hold."""
+        if self.minutes is not None:
+            return MOST_STEPS
         if self.tokens is None:
-            return self.steps
+            return self.steps or USUAL_STEPS
         return max(1, -(-self.tokens // (self.batch_windows * self.length)))
 
 

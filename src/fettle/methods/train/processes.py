@@ -27,13 +27,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def first_says(value: bool) -> bool:
+def first_says(value: float) -> float:
     """The first process's word, where each has its own, such as of a clock; all processes must ask."""
     if process_count() == 1:
         return value
     from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 
-    return bool(broadcast_object_list([value])[0])
+    return float(broadcast_object_list([value])[0])
 
 
 def wait_for_all() -> None:

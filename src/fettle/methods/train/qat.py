@@ -9,7 +9,9 @@ Inputs' codes learn beside them: with `activations: static` their scale as LSQ h
 one is found on the spot, and the weights learn to live with it.
 
 With `grid: ternary, granularity: tensor` (and inputs of 8 bits) it is BitNet b1.58's training, from a pretrained model;
-`grid: binary` that of binary weights. What learns, and how: `fake_quantization.py`; of vector codes: `fake_vectors.py`.
+`grid: binary` that of binary weights. With `begin: random` it is both from scratch: nothing of the model but its shape
+is kept, and everything learns, embedding, head and norms included. What learns, and how: `fake_quantization.py`; of
+vector codes: `fake_vectors.py`.
 
 Cost: a training step with one more rounding of every weight, and the teacher's forward pass.
 """
@@ -28,11 +30,12 @@ from fettle.methods.quantize.sharing import choose_shared
 from fettle.methods.train.fake_inputs import observed_inputs
 from fettle.methods.train.fake_quantization import FakeLinear, FakeQuantizedLinear, check_scheme, leaning_start
 from fettle.methods.train.fake_vectors import FakeVectorLinear
+from fettle.methods.train.fresh import BEGIN_HELP, Begin, load_afresh
 from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.sources.fields import DataFields
-from fettle.methods.train.writing import write_trained
+from fettle.methods.train.writing import BEGUN_AFRESH, write_trained
 from fettle.models.anatomy import Anatomy, read_anatomy
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel, load
@@ -65,9 +68,14 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
         default="weights",
         metadata={"help": "what a rate counts: weights, or levels of codes (norms keep the rate as it is)"},
     )
-    trains: Literal["codes", "blocks"] = field(
-        default="blocks", metadata={"help": "codes and scales alone, or norms and biases of the blocks as well"}
+    trains: Literal["codes", "blocks", "all"] | None = field(
+        default=None,
+        metadata={
+            "help": "codes and scales alone; norms and biases of the blocks as well; or all, dense embedding and head "
+            "included; none: blocks, from random weights all"
+        },
     )
+    begin: Begin = field(default="pretrained", metadata={"help": BEGIN_HELP})
 
     def validate(self) -> None:
         """Checks that the fields fit together; RecipeError where not."""
@@ -76,6 +84,10 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
         self.check_data(self, self)
         GridFields.validate(self)
         check_scheme(self.scheme("float32"), self.rule)
+        if self.begin == "random" and self.trains not in (None, "all"):
+            raise RecipeError(
+                f"trains={self.trains} would leave random weights as they are; allowed with begin: random: all"
+            )
         if self.rate_in == "levels" and self.weight_decay > 0:
             raise RecipeError(
                 f"weight_decay={self.weight_decay} draws weights to zero, and rate_in: levels counts their steps in "
@@ -89,19 +101,45 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             return self.scale_rule
         return "mean" if self.grid in ("ternary", "binary") else "learned"
 
+    @property
+    def learned(self) -> Literal["codes", "blocks", "all"]:
+        """Which parameters learn, where nothing is said what the beginning asks for."""
+        return self.trains or ("all" if self.begin == "random" else "blocks")
+
     def learner(self, job: TrainJob) -> Learner:
         """The student with fake-quantized linears in its blocks."""
         checkpoint = Checkpoint.open(resolve(job.model))
         anatomy = read_anatomy(checkpoint, generic=job.generic)
         stored = stored_schemes(checkpoint, anatomy)
         if stored:
-            self._refuse_grid_fields(str(job.model))
-        loaded = load(job.model, device=job.device, generic=job.generic, dense=True)
+            self._refuse_beside_codes(str(job.model), anatomy, stored)
+        loaded = self._loaded(job)
         linears = _trainable_linears(loaded, stored)
         original, inputs = _original_weights(job), self._first_input_scales(loaded, linears, stored)
         for linear in linears:
             self._swap_(loaded, checkpoint, linear, stored.get(linear.name), original, inputs.get(linear.name))
-        inside = {block.name + "." for block in anatomy.blocks}
+        self._mark_(loaded)
+        storage = self._storage(stored, checkpoint)
+
+        def write(record: dict[str, Any]) -> None:
+            codes: dict[str, CompressedWeight] = {x.name: _module(loaded, x).quantized() for x in linears}
+            codes |= _outside(checkpoint, anatomy, stored)
+            begun = {BEGUN_AFRESH: True} if self.begin == "random" else {}
+            write_trained(
+                loaded.model, checkpoint, anatomy, job.output, {**record, **begun}, codes=codes, storage=storage
+            )
+
+        return Learner(loaded=loaded, model=loaded.model, write=write, rates=self._rates(loaded.model))
+
+    def _loaded(self, job: TrainJob) -> LoadedModel:
+        """The dense model, with its own weights or fresh ones."""
+        if self.begin == "random":
+            return load_afresh(resolve(job.model), self.seed, device=job.device, generic=job.generic)
+        return load(job.model, device=job.device, generic=job.generic, dense=True)
+
+    def _mark_(self, loaded: LoadedModel) -> None:
+        """Marks what learns."""
+        inside = tuple(block.name + "." for block in loaded.anatomy.blocks)
         swapped = {
             id(p)
             for m in loaded.model.modules()
@@ -109,16 +147,9 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
             for p in (m.weight, m.log_scale, m.inputs and m.inputs.log_scale)
         }
         for name, parameter in loaded.model.named_parameters():
-            in_block = self.trains == "blocks" and parameter.dim() == 1 and any(name.startswith(x) for x in inside)
-            parameter.requires_grad_(id(parameter) in swapped or in_block)
-        storage = self._storage(stored, checkpoint)
-
-        def write(record: dict[str, Any]) -> None:
-            codes: dict[str, CompressedWeight] = {x.name: _module(loaded, x).quantized() for x in linears}
-            codes |= _outside(checkpoint, anatomy, stored)
-            write_trained(loaded.model, checkpoint, anatomy, job.output, record, codes=codes, storage=storage)
-
-        return Learner(loaded=loaded, model=loaded.model, write=write, rates=self._rates(loaded.model))
+            vector = self.learned == "blocks" and parameter.dim() == 1 and name.startswith(inside)
+            whole = self.learned == "all" and parameter.is_floating_point()
+            parameter.requires_grad_(id(parameter) in swapped or vector or whole)
 
     def _rates(self, tree: nn.Module) -> dict[str, float]:
         """Factors of the learning rate, by parameter."""
@@ -129,11 +160,18 @@ class Qat(LoopFields, SignalFields, DataFields, GridFields):
                 found[f"{name}.weight"] = module.level_gap if self.rate_in == "levels" else 1.0
         return found
 
-    def _refuse_grid_fields(self, model: str) -> None:
-        """Raises RecipeError for a scheme beside the one that the codes have."""
+    def _refuse_beside_codes(self, model: str, anatomy: Anatomy, stored: dict[str, StoredScheme]) -> None:
+        """Raises RecipeError for a scheme beside the one that the codes have, and for what would not learn."""
         given = [f.name for f in fields(GridFields) if getattr(self, f.name) != f.default]
+        given += ["scale_rule"] if self.scale_rule is not None else []  # a base's scales learn, as they are stored
         if given:
             raise RecipeError(f"{model} is stored as codes, whose scheme is kept; leave out {', '.join(given)}")
+        outside = [x.name for x in (anatomy.embedding, anatomy.head) if x is not None and x.name in stored]
+        if self.learned == "all" and outside:
+            raise RecipeError(
+                f"{model} has codes in {' and '.join(outside)}, and qat trains those of blocks alone; allowed: trains: "
+                "codes, blocks"
+            )
 
     def _storage(self, stored: dict[str, StoredScheme], checkpoint: Checkpoint) -> str:
         if stored:

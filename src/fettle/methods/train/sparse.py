@@ -100,6 +100,11 @@ class Sparse(LoopFields, SignalFields, DataFields):
         self.check_loop()
         self.check_signals()
         self.check_data(self, self)
+        if self.minutes is not None:
+            raise RecipeError(
+                f"minutes={self.minutes:g} do not say how many steps there will be, in whose shares masks grow "
+                "(pruned_from, pruned_until); allowed: steps or tokens"
+            )
         shape = parse_pattern(self.pattern)
         if shape.fixed_sparsity is not None and shape.fixed_sparsity != self.sparsity:
             raise RecipeError(
@@ -223,7 +228,7 @@ class Masks:
         self._known = step
 
     def finish(self) -> None:
-        """The last masks, also of a run that was over before; all pruned, if minutes ended it early."""
+        """The last masks, also of a run that was over before; all pruned, if patience ended it early."""
         drawn = sorted(self.folder.glob("masks-*.safetensors"))
         if drawn:
             self._read(int(drawn[-1].stem.rpartition("-")[2]))

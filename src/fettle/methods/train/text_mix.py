@@ -27,6 +27,25 @@ from fettle.methods.train.options import LoopFields
 HELD_BACK_SHARE = 0.05  # of the text's characters
 
 
+class Order:
+    """Which window stands in each place of a run: int64 [places], of which passes are drawn when they are reached."""
+
+    def __init__(self, windows: int, places: int, seed: int) -> None:
+        self._windows, self._places = windows, places
+        self._generator = torch.Generator().manual_seed(seed)
+        self._passes: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return self._places
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        """Windows int64 [n] of places int64 [n], each below the length."""
+        while len(places) and int(places.max()) >= len(self._passes) * self._windows:
+            self._passes.append(torch.randperm(self._windows, generator=self._generator))
+        found = [int(self._passes[place // self._windows][place % self._windows]) for place in places.tolist()]
+        return torch.tensor(found, dtype=torch.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingText:
     """Windows of one length: `ids` int64 [windows, length], those held back behind `learned` others.
@@ -41,12 +60,9 @@ class TrainingText:
     note: str
     tasks: tuple[int, ...] = ()
 
-    def order(self, steps: int, batch_windows: int, seed: int) -> Tensor:
-        """Which window each place of each step takes, int64 [steps · batch_windows]: shuffled passes, one by one."""
-        generator = torch.Generator().manual_seed(seed)
-        needed = steps * batch_windows
-        passes = [torch.randperm(self.learned, generator=generator) for _ in range(-(-needed // self.learned))]
-        return torch.cat(passes)[:needed]
+    def order(self, steps: int, batch_windows: int, seed: int) -> Order:
+        """Which window each place of each step takes: shuffled passes, one by one."""
+        return Order(self.learned, steps * batch_windows, seed)
 
     @property
     def held_back(self) -> Tensor:

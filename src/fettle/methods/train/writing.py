@@ -27,6 +27,7 @@ from fettle.models.writer import copy_side_files, write_index, write_json, write
 from fettle.tensors.weights import CompressedWeight
 
 MARKER = "fettle.json"
+BEGUN_AFRESH = "begun_afresh"  # in it: random weights came between it and the model that it is called after
 METADATA = {"format": "pt"}
 
 
@@ -80,6 +81,8 @@ def write_trained(
     }
     if (base.record or {}).get("reshaped"):  # has other blocks or widths than what it was made from
         written["reshaped"] = True
+    if (base.record or {}).get(BEGUN_AFRESH):
+        written[BEGUN_AFRESH] = True
     write_json(output / MARKER, {**written, "causal": anatomy.causal, **record, **hashes})
 
 

@@ -77,6 +77,11 @@ class DataFields:
                 f"on_policy={self.on_policy:g} and adversarial={self.adversarial:g} are shares of the same step; "
                 "allowed: a sum of at most 1"
             )
+        if self.curriculum != "none" and loop.minutes is not None:
+            raise RecipeError(
+                f"curriculum={self.curriculum} grows with the share of the steps, and minutes={loop.minutes:g} do not "
+                "say how many there will be; allowed with it: steps or tokens"
+            )
         given = self.written + (loop.replay_share if loop.replay is not None else 0.0)
         if given > 1:
             raise RecipeError(f"written and replay_share come to {given:g}; allowed: a sum of at most 1")

@@ -22,7 +22,7 @@ from fettle.methods.train.sources.mix import FOLDER, Mix, Source
 from fettle.methods.train.sources.on_policy import Completer, OnPolicy
 from fettle.methods.train.sources.written import written_text
 from fettle.methods.train.teachers import require_same_tokens
-from fettle.methods.train.text_mix import TrainingText, learning_part
+from fettle.methods.train.text_mix import Order, TrainingText, learning_part
 from fettle.models.loading import LoadedModel
 
 
@@ -58,7 +58,7 @@ def gathered(
     """
     loop, data, signals = fields
     steps, folder = loop.planned_steps, job.folder / FOLDER
-    order = text.order(steps, loop.batch_windows, loop.seed)
+    order: Tensor | Order = text.order(steps, loop.batch_windows, loop.seed)
     if data.curriculum != "none":
         losses = _difficulties(student, text, data, signals, job)
         order = paced_order(losses, steps, loop.batch_windows, loop.seed, data.pacing, data.pace)

@@ -27,7 +27,7 @@ from fettle.errors import UsageError
 from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, wait_for_all
-from fettle.methods.train.text_mix import TrainingText
+from fettle.methods.train.text_mix import Order, TrainingText
 
 FOLDER = "drawn"
 MADE = -1  # the number of a window that no text holds
@@ -61,10 +61,12 @@ class Mix:
     """Places → windows."""
 
     def __init__(
-        self, text: TrainingText, order: Tensor, fields: LoopFields,
+        self, text: TrainingText, order: Tensor | Order, fields: LoopFields,
         *, sources: Sequence[Source] = (), every: int = 1, folder: Path = Path(),
     ) -> None:  # fmt: skip
-        """`order` int64 [steps · batch_windows]; `every`, a segment's steps; `folder` for what sources drew."""
+        """`order` int64 [steps · batch_windows], drawn or drawn on the way; `every`, a segment's steps; `folder` for
+        what sources drew.
+        """
         self.text, self.order, self.sources = text, order, tuple(sources)
         self._batch, self._seed, self._every, self._folder = fields.batch_windows, fields.seed, every, folder
         self._segment = -1
@@ -93,7 +95,8 @@ class Mix:
     def take(self, places: Tensor) -> dict[str, Tensor]:
         """What the objective is called with: "window" [batch] and "input_ids" [batch, length] for places [batch]."""
         found = [self._drawn.get(place) for place in places.tolist()]
-        windows = [int(self.order[p]) if x is None else x[0] for p, x in zip(places.tolist(), found, strict=True)]
+        ordered = self.order[places].tolist()
+        windows = [known if x is None else x[0] for known, x in zip(ordered, found, strict=True)]
         ids = [self.text.ids[w] if x is None else x[1] for w, x in zip(windows, found, strict=True)]
         return {"window": torch.tensor(windows), "input_ids": torch.stack(ids)}
 
