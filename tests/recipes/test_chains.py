@@ -29,6 +29,7 @@ def test_the_promised_chains_are_there() -> None:
         "assistant",
         "distill-narrow-4bit",
         "prune-heal-4bit",
+        "prune-lora-4bit",
     }
     assert {path.stem for path in CHAINS} >= promised
 
@@ -68,18 +69,21 @@ def small(chain: Chain, text: Path) -> Chain:
     return Chain(name=chain.name, stages=tuple(stages))
 
 
-def test_a_pruned_models_mask_outlives_healing_and_codes(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
-    """What `prune-heal-4bit` leaves of half the weights is what its first stage left, though values moved twice."""
-    fettle.train(tiny_llama, tmp_path / "out", small(load_chain("prune-heal-4bit"), text_file), evaluate=False)
+@pytest.mark.parametrize("name", ["prune-heal-4bit", "prune-lora-4bit"])
+def test_a_pruned_models_mask_outlives_healing_and_codes(
+    name: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """What a chain leaves of half the weights is what its first stage left, though values moved twice."""
+    if "lora" in name:
+        pytest.importorskip("peft")
+    fettle.train(tiny_llama, tmp_path / "out", small(load_chain(name), text_file), evaluate=False)
     stages = tmp_path / "out.run" / "stages"
-    pruned, healed, coded = (
-        load(folder, dense=True).model.state_dict()
-        for folder in (stages / "01-compress", stages / "02-distill", tmp_path / "out")
-    )
-    for name, first in pruned.items():
-        if name.endswith("proj.weight"):
+    folders = (stages / "01-compress", next(p for p in stages.glob("02-*") if p.is_dir() and p.suffix != ".run"))
+    pruned, healed, coded = (load(folder, dense=True).model.state_dict() for folder in (*folders, tmp_path / "out"))
+    for key, first in pruned.items():
+        if key.endswith("proj.weight"):
             zeros = first == 0
-            assert 0.49 < float(zeros.float().mean()) < 0.51, name
-            assert torch.equal(healed[name] == 0, zeros), name
-            assert not torch.equal(healed[name], first), name
-            assert bool((coded[name][zeros] == 0).all()), name
+            assert 0.49 < float(zeros.float().mean()) < 0.51, key
+            assert torch.equal(healed[key] == 0, zeros), key
+            assert not torch.equal(healed[key], first), key
+            assert bool((coded[key][zeros] == 0).all()), key

@@ -58,6 +58,7 @@ from fettle.report.page import write_report
 
 MOST_THREADS = 1024  # torch starts as many as it is told, and dies of too many
 STAGES, IDENTITY, ADAPTER = "stages", "identity.json", "adapter_config.json"
+ADAPTER_RECORD = "fettle_adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +256,7 @@ def _run_stage(
         line |= {"curve": curve.to_json(), "seconds": curve.seconds}
     elif is_main_process():
         _compress(stage, source, target, how, progress)
-    line["student"] = _student(target)
+    line["student"], line["signals"] = _student(target), _signals(target)
     line.setdefault("seconds", round(time.monotonic() - started, 3))
     if is_main_process():
         write_json(done, line)
@@ -286,6 +287,13 @@ def _student(target: Path) -> dict[str, Any] | None:
     marker = target / MARKER
     found = json.loads(marker.read_text(encoding="utf-8")).get("student") if marker.is_file() else None
     return dict(found) if found else None
+
+
+def _signals(target: Path) -> dict[str, float]:
+    """What a stage that trained learned from, and with which weights; an encoder's are not those of its fields."""
+    records = [target / name for name in (MARKER, ADAPTER_RECORD) if (target / name).is_file()]
+    training = json.loads(records[0].read_text(encoding="utf-8")).get("training") if records else None
+    return dict((training or {}).get("signals") or {})
 
 
 def _stage_name(chain: Chain, number: int) -> str:

@@ -129,6 +129,9 @@ def _print(made: api.Training) -> None:
                 f"{why if student['scores'] else ', ' + student['map']}",
                 markup=False,
             )
+        if line.get("signals"):
+            learned_from = ", ".join(f"{signal} {weight:g}" for signal, weight in line["signals"].items())
+            out.print(f"{line['name']}: learned from {learned_from}", markup=False)
         out.print(f"{line['name']}: {duration(line['seconds'])}{told}", markup=False)
     if summary["evaluation"] is not None:
         show(out, quality_table(summary))

@@ -47,6 +47,7 @@ from fettle.pipeline.settling import settle
 from fettle.pipeline.stream import Job
 from fettle.pipeline.walk import walk
 from fettle.progress import Progress
+from fettle.tensors.masked import MaskedScheme
 from fettle.workers import Workers
 
 MARKER = "fettle.json"
@@ -101,8 +102,10 @@ def prepare(
     folder = resolve(model)
     checkpoint = Checkpoint.open(folder)
     anatomy = read_anatomy(checkpoint, generic=generic)
-    if stored_schemes(checkpoint, anatomy) or checkpoint.shared:
-        raise UsageError(f"{model} is compressed already; compress the model that it was made from")
+    stored = [found.scheme for found in stored_schemes(checkpoint, anatomy).values()]
+    if stored or checkpoint.shared:
+        pruned = ", or prune with storage: dense first" if any(isinstance(x, MaskedScheme) for x in stored) else ""
+        raise UsageError(f"{model} is compressed already; compress the model that it was made from{pruned}")
     workers, base_record = Workers(threads), checkpoint.record
     calibration = _Calibration(recipe.calibration, checkpoint.config)
     shaped = reshape(

@@ -143,16 +143,13 @@ def test_a_resumed_run_takes_the_bases_that_it_began_with(tiny_llama: Path, text
     loaded = load(tiny_llama)
     linears = [(linear, 2) for linear in target_linears(loaded, ("query",))]
     fields = LoopFields(text=str(text_file), length=SMALL["length"])
-    other = LoopFields(text=str(text_file), length=SMALL["length"], seed=1)  # other windows, other directions
     first = bases(loaded, linears, "lora_sb", fields, tmp_path / "run")
-    again = bases(loaded, linears, "lora_sb", other, tmp_path / "run")
-    fresh = bases(loaded, linears, "lora_sb", other, tmp_path / "other")
+    before = (tmp_path / "run" / BASES).stat().st_mtime_ns
+    again = bases(loaded, linears, "lora_sb", fields, tmp_path / "run")
+    assert (tmp_path / "run" / BASES).stat().st_mtime_ns == before
     for path, (left, right) in first.items():
         assert torch.equal(left, again[path][0])
         assert torch.equal(right, again[path][1])
-        assert not torch.equal(left, fresh[path][0])
-    with pytest.raises(ResumeError, match="holds other parameters"):  # another run's folder
-        bases(loaded, [(linear, 3) for linear, _ in linears], "lora_sb", fields, tmp_path / "run")
     whole = (tmp_path / "run" / BASES).read_bytes()
     for damaged in (whole[:-8], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         (tmp_path / "run" / BASES).write_bytes(damaged)
@@ -184,3 +181,38 @@ def test_a_killed_run_gives_the_same_bytes(kind: str, tiny_llama: Path, text_fil
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "whole").iterdir()}
     assert "adapter_model.safetensors" in files
     assert files == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "torn").iterdir()}
+
+
+def test_bases_of_another_kind_rank_or_seed_are_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    loaded = load(tiny_llama)
+    linears = [(linear, 2) for linear in target_linears(loaded, ("query",))]
+    fields = LoopFields(text=str(text_file), length=SMALL["length"])
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    bases(loaded, linears, "lora_xs", fields, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own chance
+    other = LoopFields(text=str(text_file), length=SMALL["length"], seed=1)
+    wider = [(linear, 3) for linear, _ in linears]
+    for told, asked in (("seed", (linears, "lora_xs", other)), ("ranks", (wider, "lora_xs", fields)),
+                        ("kind", (linears, "lora_sb", fields))):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"the bases of another training \({told} differ\); use another output"):
+            bases(loaded, *asked, tmp_path)
+
+
+def test_directions_are_those_of_the_gradients_signs_or_of_the_weight(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Projecting on U and V keeps of the source what its best approximation of that rank keeps; Σ stands in U."""
+    loaded = load(tiny_llama)
+    linears = [(linear, 4) for linear in target_linears(loaded, ("query",))]
+    fields = LoopFields(text=str(text_file), length=SMALL["length"])
+    gradients = loss_gradients(loaded, [linear for linear, _ in linears], fields)
+    for kind in ("lora_sb", "lora_xs"):
+        for path, (left, right) in bases(loaded, linears, kind, fields, tmp_path / kind).items():
+            weight = loaded.model.get_submodule(path).weight.detach().float()
+            source = gradients[path].sign() if kind == "lora_sb" else weight
+            sizes = torch.linalg.svdvals(source)[:4]
+            along = left / left.norm(dim=0)
+            assert (along.T @ source @ right.T).norm() == pytest.approx(float(sizes.norm()), rel=0.03)
+            expected = sizes if kind == "lora_xs" else torch.ones(4)
+            assert torch.allclose(left.norm(dim=0), expected, rtol=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ import torch
 from fettle.errors import CheckpointError, RecipeError, UsageError
 from fettle.methods.train import Distill
 from fettle.methods.train.curve import Curve
+from fettle.methods.train.distillation import Distillation
 from fettle.methods.train.layer_maps import layer_map
+from fettle.methods.train.outputs import Observed
+from fettle.methods.train.sources.mix import MADE
 from fettle.methods.train.students import write_student
+from fettle.methods.train.teachers import Live
 from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
-from fettle.models.loading import load
+from fettle.models.loading import LoadedModel, load
 
 from ...parity.tiny_models import write_model
 
@@ -167,3 +172,47 @@ def test_what_a_stage_reads_may_be_its_teacher(tiny_llama: Path, trained: Traine
     output, curve = trained(Distill, tiny_llama, original=other, teacher="before", steps=1)
     assert curve.losses[0] == pytest.approx(0.0, abs=1e-5)
     assert (output / "fettle.json").is_file()
+
+
+def objective(model: Path, **fields: Any) -> tuple[Distillation, LoadedModel, LoadedModel]:
+    """A student of two blocks beside a teacher of the same two, told to look at them the other way round."""
+    student, teacher = load(model), load(model)
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    method = Distill(soft=0.0, **fields)
+    seen = [Observed(m.model, m.model, m.anatomy, tuple(method.weights())) for m in (student, teacher)]
+    made = Distillation(seen[0], method, teacher=Live(seen[1]), layers=[1, 0], learned=5)
+    made.fit_shapes(IDS)
+    return made, student, teacher
+
+
+@pytest.mark.parametrize("signal", ["features", "attention"])
+def test_a_layer_looks_where_the_map_says(tiny_llama: Path, signal: str) -> None:
+    made, student, teacher = objective(tiny_llama, **{signal: 1.0})
+    for looked_at in (student, teacher):
+        looked_at.model.set_attn_implementation("eager")  # which tells its maps
+    with torch.no_grad():
+        found = made(torch.tensor([0]), IDS)["loss"]
+        ours, theirs = (
+            m.model(input_ids=IDS, output_hidden_states=True, output_attentions=True) for m in (student, teacher)
+        )
+    states = [(ours.hidden_states[i + 1], theirs.hidden_states[2 - i]) for i in range(2)]
+    maps = [(ours.attentions[i], theirs.attentions[1 - i]) for i in range(2)]
+    expected = {
+        "features": [(a - b).square().mean() / b.square().mean() for a, b in states],
+        "attention": [(a - b).square().mean() * IDS.shape[1] for a, b in maps],
+    }[signal]
+    assert float(found) == pytest.approx(float(sum(expected)) / 2, rel=1e-4)
+
+
+def test_nobody_learns_its_own_words_as_if_they_were_text(tiny_llama: Path) -> None:
+    """Of two windows one is the student's own: hard is the other one's, and weighs as the step's text does."""
+    made, student, _ = objective(tiny_llama, hard=1.0, on_policy=0.5)
+    two = torch.cat([IDS, IDS.flip(1)])
+    with torch.no_grad():
+        logits = student.model(input_ids=two).logits[:, :-1]
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), two[:, 1:], reduction="none").mean(1)
+        found = [float(made(torch.tensor(place), two)["loss"]) for place in ([MADE, 0], [0, 1], [MADE, MADE], [5, 6])]
+    text, both = float(each[1]), float(each.mean())
+    assert found == pytest.approx([text, 2 * both, 0.0, both], rel=1e-5)  # the last two windows are held back

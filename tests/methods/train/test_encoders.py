@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,29 @@ def test_a_student_of_half_the_blocks_comes_nearer_to_its_teacher(
             vectors.append((states.last_hidden_state * mask).sum(1) / mask.sum(1))
     error = float(sentence_error(*vectors))
     assert 0 < error < min(looks)  # one of the two parts of the loss on the same lines
+
+
+def test_what_an_encoder_learned_from_is_told(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+    """`soft` is a default of decoders; whoever gives it reads that it was not learned from."""
+    made = fettle.train(
+        tiny_bert, tmp_path / "out", chain_from_method("distill", {**SMALL, "steps": 1, "soft": 1.0,
+        "text": str(text_file)}), evaluate=False,
+    )  # fmt: skip
+    expected = {"sentences": 1.0, "features": 1.0}
+    assert json.loads((tmp_path / "out" / "fettle.json").read_text())["training"]["signals"] == expected
+    assert made.summary["stages"][0]["signals"] == expected
+
+
+def test_parts_of_a_step_of_sentences_add_up_to_the_step(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+    """Lines of unequal length weigh alike, whichever others are padded with them."""
+    how = {"layers": 2, "sentences": 1.0, "features": 1.0, "values": 1.0, "steps": 2, "look_every": 1}
+    looks = [run(tiny_bert, text_file, tmp_path / str(parts), accumulate=parts, **how) for parts in (1, 4)]
+    assert looks[0] == pytest.approx(looks[1], rel=1e-4)
+
+
+def test_too_few_sentences_are_refused(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"distances compares samples.*accumulate=4 are 2 windows with 1 samples"):
+        run(tiny_bert, text_file, tmp_path / "a", distances=1.0, accumulate=4)
 
 
 def test_other_signals_of_encoders_run_and_resume(tiny_bert: Path, text_file: Path, tmp_path: Path) -> None:

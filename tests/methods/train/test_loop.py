@@ -21,6 +21,7 @@ import torch
 from tests.apart import ROOT, run_apart, run_together
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from fettle.api.completing import complete
 from fettle.errors import DiskFullError, NonFiniteError, RecipeError, ResumeError
 from fettle.methods.train import Distill
 from fettle.methods.train import curve as curve_module
@@ -28,6 +29,8 @@ from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
 from fettle.methods.train.job import TrainJob
 from fettle.methods.train.kept import keep
 from fettle.methods.train.loop import Objective, run, take_
+from fettle.methods.train.options import LoopFields
+from fettle.methods.train.samples import check_samples
 from fettle.methods.train.text_mix import TrainingText
 from fettle.methods.train.training import train
 from fettle.progress import Silent
@@ -149,14 +152,54 @@ def test_torchrun_gives_the_curve_of_one_process(
     assert same_curve(tmp_path / "two.run", undisturbed)
 
 
-def test_parts_of_a_step_add_up_to_the_step(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+ALIKE: dict[str, dict[str, Any]] = {
+    "soft": {},
+    "layers": {"soft": 0.0, "features": 1.0, "attention": 1.0, "values": 1.0, "logits": 1.0},
+    "own words": {"hard": 1.0, "soft": 0.0, "on_policy": 0.25, "prompt_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("signals", ALIKE)
+def test_parts_of_a_step_add_up_to_the_step(signals: str, tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
     found = []
     for accumulate in (1, 4):
         folder = tmp_path / str(accumulate)
-        how = {**HOW, "accumulate": accumulate, "steps": 3, "text": str(text_file)}
-        job = TrainJob(model=tiny_llama, original=tiny_llama, output=folder, folder=tmp_path / f"{accumulate}.run")
-        found.append(train(Distill(**how), job).losses)
+        how = {**HOW, "accumulate": accumulate, "steps": 3, "text": str(text_file), **ALIKE[signals]}
+        job = TrainJob(
+            model=tiny_llama, original=tiny_llama, output=folder, folder=tmp_path / f"{accumulate}.run",
+            complete=complete,
+        )  # fmt: skip
+        curve = train(Distill(**how), job)
+        found.append(curve.losses + [loss for _, loss in curve.held_back])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"relations": 1.0, "accumulate": 4, "length": 16},
+         r"relations compares samples with each other, and there are 1 at once: batch_windows=4 over processes=1 and "
+         r"accumulate=4 are 1 windows with 1 samples each \(length=16\); allowed: at least 2"),
+        ({"distances": 1.0, "accumulate": 4}, r"there are 2 at once: .*accumulate=4 are 1 windows with 2 samples each"),
+        ({"relations": 1.0, "accumulate": 1, "length": 16, "held_back": 5},
+         r"there are 1 at once: held_back=5 leaves 1 windows for the last of batches of 4"),
+    ],
+)  # fmt: skip
+def test_too_few_samples_are_refused_before_the_first_step(
+    fields: dict[str, Any], told: str, tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    job = TrainJob(model=tiny_llama, original=tiny_llama, output=tmp_path / "out", folder=tmp_path / "run")
+    with pytest.raises(RecipeError, match=told):
+        train(Distill(**{**HOW, "layers": None, "text": str(text_file), **fields}), job)
+
+
+def test_processes_share_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = LoopFields(batch_windows=4, length=16)
+    check_samples(["relations"], loop, held_back=5, each=2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_samples(["relations"], loop, held_back=5, each=2)
+    with pytest.raises(RecipeError, match="over processes=4 and accumulate=1 are 1 windows"):
+        check_samples(["relations"], loop, held_back=5, each=1)
 
 
 def test_products_are_in_bfloat16_and_what_learns_is_not(

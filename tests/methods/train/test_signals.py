@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fettle.errors import RecipeError
 from fettle.methods.train import signals
 
 TOKENS, VOCAB, WIDTH = 5, 7, 6
@@ -148,6 +149,49 @@ def test_attention_maps_with_other_numbers_of_heads_are_compared_by_their_mean()
     assert float(signals.attention_error(student, same)) == pytest.approx(float((student - same).square().mean() * 3))
 
 
+def test_features_are_means_over_windows_of_their_words() -> None:
+    """Each window over its own mean square; what is padding is nothing."""
+    student, teacher = drawn(20, 2, TOKENS, WIDTH), drawn(21, 2, TOKENS, WIDTH) * torch.tensor([1.0, 5.0]).view(2, 1, 1)
+    mask = torch.tensor([[True] * TOKENS, [True, True, False, False, False]])
+    parts = [plain_features(student[0], teacher[0]), plain_features(student[1, :2], teacher[1, :2])]
+    found = signals.features_error(student, teacher, mask=mask)
+    assert float(found) == pytest.approx(float(sum(parts) / 2), rel=1e-5)
+
+
+def test_equal_samples_have_a_gradient() -> None:
+    student = drawn(22, TOKENS, WIDTH)
+    student[1] = student[0]
+    student.requires_grad_()
+    found = signals.distance_error(student, drawn(23, TOKENS, WIDTH))
+    found.backward()
+    assert torch.isfinite(student.grad).all()
+    assert float(student.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize(("name", "count"), [("relations", 0), ("relations", 1), ("distances", 1), ("distances", 2)])
+def test_too_few_samples_are_refused(name: str, count: int) -> None:
+    signal = {"relations": signals.similarity_error, "distances": signals.distance_error}[name]
+    with pytest.raises(RecipeError, match=rf"{name} compares samples.*there are {count} at once; allowed: at least"):
+        signal(drawn(24, count, WIDTH), drawn(25, count, WIDTH))
+
+
+@pytest.mark.parametrize("name", [*CASES, "projected", "pooled", "sentences"])
+def test_signals_are_in_float32_inside_autocast(name: str) -> None:
+    projection = drawn(26, WIDTH, WIDTH)
+    others: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "projected": lambda s, t: signals.features_error(s, t, projection),
+        "pooled": lambda s, t: signals.pooled(s.unsqueeze(0), torch.ones(1, TOKENS, dtype=torch.bool)),
+        "sentences": signals.sentence_error,
+    }
+    signal = others[name] if name in others else CASES[name][0]
+    student, teacher = drawn(27, TOKENS, WIDTH), drawn(28, TOKENS, WIDTH)
+    expected = signal(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = signal(student, teacher)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def kept(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     logs = torch.log_softmax(teacher / temperature, -1)
     top, indices = logs.topk(k, -1)
@@ -168,6 +212,23 @@ def test_fewer_kept_labels_are_a_lower_bound_that_grows_with_k() -> None:
     found = [float(signals.kept_labels(student, *kept(teacher, k, 1.0), 1.0, "forward")) for k in range(1, VOCAB + 1)]
     assert found == sorted(found)
     assert found[0] < found[-1]
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
+def test_some_kept_labels_at_a_temperature_are_the_merged_distributions(divergence: str) -> None:
+    student, teacher, k, temperature = drawn(17, TOKENS, VOCAB), drawn(18, TOKENS, VOCAB), 3, 2.5
+    indices, top, rest = kept(teacher, k, temperature)
+    merged = []
+    for logits in (student, teacher):
+        rows = [[p for p in softmax(row / temperature)] for row in logits.double()]
+        merged.append(torch.stack([
+            torch.stack([*(row[int(i)] for i in chosen),
+                         sum(p for i, p in enumerate(row) if i not in chosen.tolist())])  # type: ignore[list-item]
+            for row, chosen in zip(rows, indices, strict=True)
+        ]).log())  # fmt: skip
+    expected = temperature**2 * plain_divergence(merged[0], merged[1], 1.0, divergence)
+    found = signals.kept_labels(student, indices, top, rest, temperature, divergence)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_gradient_of_kept_labels_is_that_of_the_merged_distribution() -> None:

@@ -90,6 +90,51 @@ def test_gone_stays_gone_by_magnitude_and_may_return_by_movement() -> None:
     assert (pruned(linear, None, pattern, 0.5, "movement") & ~first).sum() == 6
 
 
+def test_of_equal_scores_the_smaller_weights_go() -> None:
+    linear, pattern = module(movement=True), parse_pattern("layer")
+    smallest = set(linear.weight.abs().flatten().argsort()[:12].tolist())
+    found = pruned(linear, None, pattern, 0.5, "movement")
+    assert set((~found).flatten().nonzero()[:, 0].tolist()) == smallest
+    with torch.no_grad():
+        linear.scores[~found] = 1e-6  # the least score still counts for more than any weight
+    found = pruned(linear, None, pattern, 0.5, "movement")
+    assert set(found.flatten().nonzero()[:, 0].tolist()) == smallest
+
+
+def test_what_comes_back_begins_at_zero(tmp_path: Path) -> None:
+    masks = masks_of(tmp_path)
+    take_steps(masks, 0, 4)
+    before, old = masks.modules[0].mask.clone(), masks.modules[0].weight.detach().clone()
+    masks.begin(4, lambda: losses_of(masks.modules[0], 4))
+    back = masks.modules[0].mask & ~before
+    assert back.any()
+    assert old[back].abs().min() > 0
+    assert not masks.modules[0].weight.detach()[back].any()
+    assert torch.equal(masks.modules[0].weight.detach()[~back], old[~back])
+
+
+@pytest.mark.parametrize("score", ["magnitude", "movement"])
+def test_minutes_that_end_early_leave_all_pruned(score: str, tmp_path: Path) -> None:
+    linear = module(movement=score == "movement")
+    fields = Sparse(steps=10, mask_every=2, score=score, pruned_until=1.0)  # type: ignore[arg-type]
+    masks = sparse_room.Masks(fields, [linear], ["one"], tmp_path)
+    take_steps(masks, 0, 4)
+    assert 0 < int((~linear.mask).sum()) < 12
+    gone = ~linear.mask
+    masks.finish()
+    assert int((~linear.mask).sum()) == 12
+    assert score == "movement" or not (gone & linear.mask).any()
+
+
+def test_masks_of_another_training_are_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    how = {**HOW, "windows": 8, "length": 32, "text": str(text_file)}
+    job = TrainJob(model=tiny_llama, original=tiny_llama, output=tmp_path / "out", folder=tmp_path / "run")
+    Sparse(**how).learner(job)
+    Sparse(**how).learner(job)
+    with pytest.raises(UsageError, match=r"masks holds the masks of another training \(score, seed differ\)"):
+        Sparse(**{**how, "seed": 1, "score": "taylor"}).learner(job)
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 def test_regrowth_exchanges_the_smallest_for_the_steepest(by_row: bool) -> None:
     weight, gradient = torch.randn(4, 10), torch.randn(4, 10)
@@ -264,6 +309,9 @@ def test_a_process_that_looks_late_draws_as_the_others_do(tmp_path: Path, monkey
         ({"pruned_from": 0.7}, "pruned_until=0.6 is not behind"),
         ({"regrow": 0.2, "pattern": "4x4"}, "regrow exchanges single weights"),
         ({"score": "wanda"}, "magnitude, taylor, movement"),
+        ({"score": "movement", "growth": "one_shot"}, "score=movement has seen no step when weights go in step 0"),
+        ({"score": "movement", "growth": "one_shot", "pruned_from": 0.001}, "has seen no step"),
+        ({"score": "movement", "pruned_until": 0.001}, "has seen no step"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], told: str) -> None:

@@ -13,7 +13,8 @@
 The base may be in full precision or stored as codes in any of fettle's schemes (QLoRA, Dettmers et al. 2023,
 https://arxiv.org/abs/2305.14314): the codes stay packed, and gradients pass through their product. What is written is
 PEFT's own format; with `merge` it is instead a dense model, base and adapter as one, which a later stage of a chain may
-quantize again (what that costs is measured on its files, like everything).
+quantize again (what that costs is measured on its files, like everything). A pruned base is healed inside its mask, and
+keeps it when merged (masked_bases.py).
 
 On a base of codes `start: residual` begins with what the codes lost of the original, at rank r, by one singular value
 decomposition (LoftQ, Li et al. 2023, https://arxiv.org/abs/2310.08659, with one of its rounds) in place of zero. With
@@ -47,10 +48,11 @@ from fettle.methods.train.adapter_targets import (
     target_linears,
 )  # fmt: skip
 from fettle.methods.train.bottleneck import BottleneckModel, is_bottleneck, load_bottlenecks, write_bottleneck
-from fettle.methods.train.cores import CORES, Bases, bases, hold_bases_, release_bases_
+from fettle.methods.train.cores import CORES, Bases, bases, hold_bases_, release_bases_, seeded
 from fettle.methods.train.curve import checkpoints
 from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.lineage import moved
+from fettle.methods.train.masked_bases import inside_masks_, masked_, stored_masks
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.on_policy import resting
@@ -94,6 +96,9 @@ class Adapter(LoopFields, SignalFields, DataFields):
         metadata={"help": "begin with nothing, with what the base's codes lost (LoftQ), or along the inputs (EVA)"},
     )
     merge: bool = field(default=False, metadata={"help": "write base and adapter as one dense model"})
+    keep_zeros: bool = field(
+        default=False, metadata={"help": "with merge: zeros of a pruned model stay zero; masks always do"}
+    )
     hard: float = field(default=1.0, metadata={"help": "weight of the text's own next token", "minimum": 0.0})
     soft: float = field(default=0.0, metadata={"help": "weight of the teacher's probabilities", "minimum": 0.0})
     learning_rate: float = field(
@@ -107,6 +112,8 @@ class Adapter(LoopFields, SignalFields, DataFields):
         self.check_data(self, self)
         if self.kind in (*VIRTUAL, "bottleneck") and self.merge:
             raise RecipeError(f"a {self.kind} is no weight and cannot be merged; allowed: lora and its kin, ia3")
+        if self.keep_zeros and not self.merge:
+            raise RecipeError("keep_zeros is for what is merged; set merge: true, or leave it out")
         if self.kind in VIRTUAL and self.on_policy:
             raise RecipeError(f"on_policy writes with the tree, where a {self.kind} has no place; use lora")
         if self.kind in VIRTUAL and set(self.weights()) - {"hard", "soft", "logits"}:
@@ -136,12 +143,14 @@ class Adapter(LoopFields, SignalFields, DataFields):
         loaded = load(job.model, device=job.device, generic=job.generic)
         if not loaded.anatomy.causal:
             raise UsageError(f"{job.model} is an encoder, and adapters here are a decoder's; train it by distill")
-        torch.manual_seed(self.seed)
-        if self.kind == "bottleneck":
-            return self._bottleneck(loaded, job)
+        with seeded(self.seed):
+            return self._bottleneck(loaded, job) if self.kind == "bottleneck" else self._of_peft(loaded, job)
+
+    def _of_peft(self, loaded: LoadedModel, job: TrainJob) -> Learner:
         if self.merge:
             require_mergeable(loaded, [module_path(linear) for linear, _ in self._linears(loaded)])
         peft = require_peft()
+        masks = stored_masks(loaded, keep_zeros=self.keep_zeros) if self.merge else {}
         adaptable_(loaded.model)
         held = self._bases(loaded, job)
         model = wrapped(loaded.model, self._config(peft, loaded))
@@ -150,6 +159,7 @@ class Adapter(LoopFields, SignalFields, DataFields):
             _start_with_residual_(model, loaded, job)
         if self.start == "eva" and not checkpoints(job.folder):  # a checkpoint holds what it led to
             _start_with_inputs_(model, loaded, self)
+        inside_masks_(model, masks)
 
         def write(record: dict[str, Any]) -> None:
             record = {**record, "parameters": learning(model)}
@@ -157,7 +167,8 @@ class Adapter(LoopFields, SignalFields, DataFields):
             if self.merge:
                 with _no_warnings():
                     write_adapter(model, loaded.folder, job.folder / "adapter", record)
-                merge_adapter(job.model, job.folder / "adapter", job.output, generic=job.generic, record=record)
+                how: dict[str, Any] = {"generic": job.generic, "keep_zeros": self.keep_zeros, "record": record}
+                merge_adapter(job.model, job.folder / "adapter", job.output, **how)
             else:
                 with _no_warnings():
                     write_adapter(model, loaded.folder, job.output, record)
@@ -292,15 +303,20 @@ def _adapted(model: Any, name: str, folder: Path, base: Path) -> Any:
 
 
 def merge_adapter(
-    model: str | Path, adapter: Path, output: Path, *, generic: bool = False, record: Mapping[str, Any] | None = None
-) -> None:
+    model: str | Path, adapter: Path, output: Path, *, generic: bool = False, record: Mapping[str, Any] | None = None,
+    keep_zeros: bool = False,
+) -> None:  # fmt: skip
     """Writes base and adapter as one dense model; a base of codes is decoded for it.
+
+    Pruned matrices keep their masks, and are stored with them; what the adapter would put there is lost
+    (`masked_bases.py`). With `keep_zeros` the zeros of dense matrices stay zeros as well.
 
     Raises:
         CheckpointError: the adapter is damaged, or belongs to another base.
         UsageError: an adapter that is no weight, or PEFT is not installed.
     """
     loaded = load(model, generic=generic, dense=True)
+    masks = stored_masks(loaded, keep_zeros=keep_zeros)
     told = check_adapter(adapter, loaded.folder)
     if is_bottleneck(adapter):
         raise UsageError(f"the adapter in {adapter} is a bottleneck, no change of weights, and cannot be merged")
@@ -311,7 +327,8 @@ def merge_adapter(
             raise UsageError(f"the adapter in {adapter} is no change of weights and cannot be merged")
         tree = adapted.merge_and_unload()
     checkpoint = Checkpoint.open(loaded.folder)
-    write_trained(tree, checkpoint, read_anatomy(checkpoint, generic=generic), output, record or {"results": None})
+    anatomy = read_anatomy(checkpoint, generic=generic)
+    write_trained(tree, checkpoint, anatomy, output, record or {"results": None}, codes=masked_(tree, anatomy, masks))
 
 
 def learning(model: nn.Module) -> int:

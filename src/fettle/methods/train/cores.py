@@ -20,7 +20,8 @@ both a randomized singular value decomposition of each (`torch.svd_lowrank`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,18 @@ from torch.nn.utils import parametrize
 
 from fettle.data.windows import calibration_windows
 from fettle.methods.train.adapter_targets import module_path
+from fettle.methods.train.identity import settle_identity
 from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.text_mix import learning_part, require_tokenizer
+from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel
 from fettle.models.parts import Linear
 
 Bases = dict[str, tuple[Tensor, Tensor]]
 CORES = ("lora_xs", "lora_sb")
 GRADIENT_WINDOWS = 32
-BASES = "bases.safetensors"
+BASES, BASES_OF = "bases.safetensors", "bases.json"
 ITERATIONS = 4  # of svd_lowrank's subspace
 
 
@@ -67,16 +70,20 @@ def bases(
 
     Read from `folder` where a run has made them before. The embedding counts as a matrix [hidden, vocabulary], as PEFT
     adapts it.
+
+    Raises:
+        UsageError: `folder` holds those of another kind, rank, seed, text or model.
     """
     path = folder / BASES
+    told = {
+        "kind": kind, "ranks": {module_path(linear): rank for linear, rank in linears}, "seed": fields.seed,
+        "length": fields.length, "text": learning_part(fields).sha256,
+        "model": Checkpoint.open(loaded.folder).file_hashes(),
+    }  # fmt: skip
+    settle_identity(folder, told, "the bases", BASES_OF)
     if not path.is_file():
-        torch.manual_seed(fields.seed)
-        sources = _sources(loaded, [linear for linear, _ in linears], kind, fields)
-        found: dict[str, Tensor] = {}
-        for linear, rank in linears:
-            left, sizes, right = main_directions(sources.pop(module_path(linear)), rank)
-            found[f"{module_path(linear)}.left"] = left * sizes if kind == "lora_xs" else left
-            found[f"{module_path(linear)}.right"] = right
+        with seeded(fields.seed):
+            found = _found(loaded, linears, kind, fields)
         folder.mkdir(parents=True, exist_ok=True)
         keep(folder, BASES, found)
     device = next(loaded.model.parameters()).device
@@ -95,6 +102,26 @@ def _shapes(linears: Sequence[tuple[Linear, int]]) -> dict[str, torch.Size]:
         found[f"{module_path(linear)}.left"] = torch.Size([rows, rank])
         found[f"{module_path(linear)}.right"] = torch.Size([rank, columns])
     return found
+
+
+def _found(
+    loaded: LoadedModel, linears: Sequence[tuple[Linear, int]], kind: str, fields: LoopFields
+) -> dict[str, Tensor]:
+    sources = _sources(loaded, [linear for linear, _ in linears], kind, fields)
+    found: dict[str, Tensor] = {}
+    for linear, rank in linears:
+        left, sizes, right = main_directions(sources.pop(module_path(linear)), rank)
+        found[f"{module_path(linear)}.left"] = left * sizes if kind == "lora_xs" else left
+        found[f"{module_path(linear)}.right"] = right
+    return found
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, chance begins at `seed`; behind it, the caller's goes on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def main_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

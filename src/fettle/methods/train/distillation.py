@@ -16,6 +16,7 @@ from fettle.methods.train import signals
 from fettle.methods.train.loop import Objective
 from fettle.methods.train.options import SignalFields
 from fettle.methods.train.outputs import Observed, Outputs
+from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.mix import MADE
 from fettle.methods.train.sources.on_policy import resting
 from fettle.methods.train.teachers import KeptAnswers, Teacher
@@ -26,9 +27,11 @@ class Distillation(Objective):
 
     def __init__(
         self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None,
-        answers: KeptAnswers | None = None, layers: list[int] | None = None,
+        answers: KeptAnswers | None = None, layers: list[int] | None = None, learned: int | None = None,
     ) -> None:  # fmt: skip
-        """`layers`: for each of the student's, the teacher's that it looks at, where a signal goes by layer."""
+        """`layers`: for each of the student's, the teacher's that it looks at, where a signal goes by layer; `learned`:
+        the first window that no step sees.
+        """
         super().__init__()
         self.student = student.model
         self.fields = fields
@@ -37,6 +40,13 @@ class Distillation(Objective):
         self._layers = layers or []
         self.projections = nn.ParameterList()
         self._relation_heads = 1
+        self._learned = learned
+        self._text_share = 1.0 - (fields.on_policy if isinstance(fields, DataFields) else 0.0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Signal → weight, of those that are learned from."""
+        return self.fields.weights()
 
     def units(self) -> list[nn.Module]:
         """The student's."""
@@ -82,12 +92,7 @@ class Distillation(Objective):
     def _signal(self, name: str, ours: Outputs, theirs: Outputs | None, window: Tensor, input_ids: Tensor) -> Tensor:
         fields, predicted = self.fields, ours.logits[:, :-1]
         if name == "hard":
-            of_text = window != MADE  # nobody learns its own mistakes as if they were text
-            return (
-                signals.cross_entropy(predicted[of_text], input_ids[of_text, 1:])
-                if of_text.any()
-                else 0 * predicted.sum()
-            )
+            return self._hard(predicted, window, input_ids)
         if self._answers is not None:
             kept, place = self._answers, window.cpu()
             parts = (part[place].to(predicted.device) for part in (kept.indices, kept.kept, kept.rest))
@@ -108,6 +113,19 @@ class Distillation(Objective):
             assert ours.values is not None and theirs.values is not None
             return signals.value_relations_error(ours.values, theirs.values, self._relation_heads)
         return self._by_layer(name, ours, theirs)
+
+    def _hard(self, predicted: Tensor, window: Tensor, input_ids: Tensor) -> Tensor:
+        """Of the windows of text: nobody learns its own mistakes as if they were text.
+
+        The parts of a step hold unequal numbers of these. Each part is divided by what is its share of them over the
+        run, so that the parts' mean is that of the step's text.
+        """
+        of_text = window != MADE
+        if not of_text.any():
+            return 0 * predicted.sum()
+        found = signals.cross_entropy(predicted[of_text], input_ids[of_text, 1:])
+        is_held_back = self._learned is not None and int(window.min()) >= self._learned  # no step's, and all text
+        return found if is_held_back else found * of_text.float().mean() / self._text_share
 
     @torch.no_grad()
     def gap(self, window: Tensor, input_ids: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from fettle.methods.train.loop import Objective
 from fettle.methods.train.named_teachers import load_teacher
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.outputs import shared_units, value_path
+from fettle.methods.train.samples import check_samples
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.text_mix import TrainingText
 from fettle.models.anatomy import Anatomy
@@ -44,6 +45,8 @@ USUAL = {"sentences": 1.0, "features": 1.0}
 
 def encoder_signals(asked: SignalFields) -> dict[str, float]:
     """Signal → weight for an encoder; the usual ones where none is asked for.
+
+    `soft: 1` is the default of a field that decoders share, so it asks for nothing here; what was learned from is told.
 
     Raises:
         RecipeError: a signal of next tokens or of attention, several teachers, or kept answers.
@@ -185,7 +188,7 @@ class EncoderDistillation(Objective):
         errors = []
         for number, layer in enumerate(self.layers):
             projection = self.projections[number] if len(self.projections) else None
-            errors.append(signals.features_error(ours.hidden[number][mask], theirs.hidden[layer][mask], projection))
+            errors.append(signals.features_error(ours.hidden[number], theirs.hidden[layer], projection, mask))
         return torch.stack(errors).mean()
 
 
@@ -200,6 +203,7 @@ def encoder_objective(
     """
     (asked, loop), student = fields, learner.loaded
     weights = encoder_signals(asked)
+    check_samples(weights, loop, held_back=len(text.held_back), each=1)
     name = job.teachers(asked)[0]
     teacher = load_teacher(name, device=job.device, generic=job.generic, causal=False)
     if teacher.tokenizer is None or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():

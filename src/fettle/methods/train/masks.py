@@ -108,12 +108,22 @@ def pruned(module: SparseLinear, gradient: Tensor | None, pattern: Pattern, spar
     weight = whole(module.weight.detach())
     if score == "movement":
         assert module.scores is not None
-        found = whole(module.scores.detach())
-        found = found - found.min()
+        found = with_ties_broken(whole(module.scores.detach()), weight)
     else:
         found = weight.abs() if score == "magnitude" or gradient is None else (weight * gradient).abs()
         found = torch.where(module.mask, found + found.max() * 1e-6 + 1e-30, torch.zeros_like(found))
     return kept_by_score(found.cpu(), on_the_way(pattern, sparsity), sparsity).to(weight.device)
+
+
+def with_ties_broken(scores: Tensor, weight: Tensor) -> Tensor:
+    """Scores from 0 on, float64 [out, in]; of equal ones that of the larger |w| is larger, and no order changes.
+
+    A score that no gradient has reached is zero like its neighbours, and what goes then should not be what comes first.
+    """
+    found = scores.double() - scores.min()
+    gaps = torch.unique(found).diff()
+    gap = float(gaps.min()) if len(gaps) else 1.0
+    return found + gap / 2 * weight.abs().double() / weight.abs().max().clamp_min(1e-30)
 
 
 def regrown(weight: Tensor, gradient: Tensor, mask: Tensor, share: float, *, by_row: bool) -> Tensor:

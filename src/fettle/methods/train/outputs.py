@@ -38,7 +38,7 @@ class Outputs:
     values: Tensor | None = None
 
     def samples(self) -> Tensor:
-        """Some tokens' last states, [samples, width]: what relations are taken between."""
+        """Every 16th token's last state, [samples, width]: what relations and distances are taken between."""
         return self.hidden[-1][:, RELATION_STRIDE - 1 :: RELATION_STRIDE].flatten(0, 1)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.prune.fields import PATTERN_HELP
+from fettle.methods.train.identity import settle_identity, told_fields
 from fettle.methods.train.job import Learner, TrainJob
 from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.masks import (
@@ -116,6 +117,14 @@ class Sparse(LoopFields, SignalFields, DataFields):
             raise RecipeError(
                 f"pruned_until={self.pruned_until:g} is not behind pruned_from={self.pruned_from:g}; give more"
             )
+        first, last = self.span
+        if self.score == "movement" and (last < 1 or (self.growth == "one_shot" and first < 1)):
+            raise RecipeError(
+                f"score=movement has seen no step when weights go in step {0 if last < 1 else first}, and all its "
+                f"scores are equal (pruned_from={self.pruned_from:g}, pruned_until={self.pruned_until:g}, "
+                f"{self.planned_steps} steps); allowed: a later step. Give a larger pruned_from, or pruned_until where "
+                "growth is not one_shot"
+            )
         if self.regrow and (self.pattern not in ("layer", "row") or self.score == "movement"):
             raise RecipeError("regrow exchanges single weights of a layer or a row by magnitude or taylor; use these")
 
@@ -139,6 +148,8 @@ class Sparse(LoopFields, SignalFields, DataFields):
             parameter.requires_grad_(
                 parameter.is_floating_point() and (self.trains == "all" or id(parameter) in inside)
             )
+        told = {**told_fields(self), "model": checkpoint.file_hashes()}
+        settle_identity(job.folder / MASKS, told, "the masks")
         masks = Masks(self, list(modules.values()), [x.name for x in modules], job.folder / MASKS)
         schemes = {linear: self._scheme(checkpoint) for linear in modules}
 

@@ -8,7 +8,7 @@ objective            → loop (loop.py) → learner.write
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve, drop_torn
 from fettle.methods.train.distillation import Distillation
-from fettle.methods.train.encoders import encoder_objective, refuse_sources
+from fettle.methods.train.encoders import EncoderDistillation, encoder_objective, refuse_sources
 from fettle.methods.train.job import Learner, TrainJob, TrainMethod
 from fettle.methods.train.layer_search import looked_at
-from fettle.methods.train.loop import Objective, run
+from fettle.methods.train.loop import run
 from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.outputs import Observed, base_tree
+from fettle.methods.train.outputs import RELATION_STRIDE, Observed, base_tree
 from fettle.methods.train.processes import is_main_process, process_group
+from fettle.methods.train.samples import check_samples
 from fettle.methods.train.sentence_text import sentences
 from fettle.methods.train.several import Several
 from fettle.methods.train.sharding import is_asked
@@ -82,7 +83,7 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     learner.loaded.anatomy.require_rows(int(text.ids.min()), int(text.ids.max()))
     if loop.gradient_checkpointing:
         _checkpoint_gradients_(learner.loaded.model)
-    objective: Objective
+    objective: Distillation | EncoderDistillation
     if learner.loaded.anatomy.causal:
         objective = decoder = _objective(learner, (signals, loop), text, job)
         mix = gathered(learner.loaded, decoder.gap, text, (loop, data, signals), job)
@@ -90,7 +91,7 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
         objective, mix = encoder_objective(learner, (signals, loop), text, job), None
     curve = run(objective, text, loop, job.folder, job.progress, mix)
     if is_main_process():
-        learner.write(_record(method, job, text, curve))
+        learner.write(_record(method, job, text, curve, objective.weights))
     return curve
 
 
@@ -118,6 +119,7 @@ def _objective(
     asked = tuple(signals.weights())
     if "sentences" in asked:
         raise RecipeError(f"sentences compares an encoder's vectors, and {job.model} predicts next tokens; set it to 0")
+    check_samples(asked, loop, held_back=len(text.held_back), each=loop.length // RELATION_STRIDE)
     student = Observed(learner.model, cast(nn.Module, learner.loaded.model), learner.loaded.anatomy, asked)
     teacher: Teacher | None = None
     layers, answers = None, None
@@ -139,7 +141,7 @@ def _objective(
             layers = looked_at(signals, loop, student.depth, models[0], job.device)
         if signals.teacher_top_k is not None:
             answers = _kept(teacher, signals, text, job, names)
-    objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers)
+    objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers, learned=text.learned)
     objective.learner = learner
     objective.fit_shapes(text.ids[:1].to(job.device))
     return objective.to(job.device)
@@ -163,7 +165,9 @@ def _kept(teacher: Teacher, signals: SignalFields, text: TrainingText, job: Trai
     return read_answers(folder, len(text.ids))
 
 
-def _record(method: TrainMethod, job: TrainJob, text: TrainingText, curve: Curve) -> dict[str, Any]:
+def _record(
+    method: TrainMethod, job: TrainJob, text: TrainingText, curve: Curve, learned_from: Mapping[str, float]
+) -> dict[str, Any]:
     """What `fettle.json` says of the training: nothing that differs between runs, unless minutes ended it."""
     given = {item.name: getattr(method, item.name) for item in fields(cast(Any, method)) if item.name not in PATHS}
     return {
@@ -171,6 +175,7 @@ def _record(method: TrainMethod, job: TrainJob, text: TrainingText, curve: Curve
         "training": {
             "method": method.name,
             "fields": given,
+            "signals": dict(learned_from),  # an encoder's are not those of the fields' defaults
             "text": {"sha256": text.sha256, "windows": text.learned, "note": text.note},
             "steps": len(curve.losses),
             "held_back": [list(look) for look in curve.held_back],

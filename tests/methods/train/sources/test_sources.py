@@ -16,14 +16,18 @@ from tests.apart import run_apart
 
 from fettle.api.completing import complete
 from fettle.data.tokenizer import load_tokenizer
+from fettle.data.windows import read_text
 from fettle.errors import RecipeError, UsageError
 from fettle.methods.registry import build
 from fettle.methods.train import TRAIN_METHODS, Distill
 from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import checkpoints
 from fettle.methods.train.job import TrainJob
+from fettle.methods.train.sources.gathering import window_losses
+from fettle.methods.train.sources.written import written_text
 from fettle.methods.train.training import train
 from fettle.models.loading import load
+from fettle.progress import Silent
 
 HOW: dict[str, Any] = {
     "steps": 6, "windows": 12, "length": 32, "batch_windows": 4, "look_every": 3, "checkpoint_every": 2, "held_back": 2,
@@ -156,3 +160,48 @@ def test_a_teacher_with_another_tokenizer_may_write_but_not_be_compared(
 def test_a_mix_that_cannot_be_is_refused(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         build(TRAIN_METHODS["distill"], fields)
+
+
+def test_the_seed_is_the_writers(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """Another seed begins elsewhere and draws otherwise; the same one writes the same."""
+    loaded = load(tiny_llama)
+    found = {}
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        fields = Distill(windows=2, length=16, seed=seed, written=1.0, prompt_tokens=4)
+        made = written_text(
+            [lambda: loaded], complete, read_text(str(text_file)), (fields, fields), tmp_path / folder, {}, Silent()
+        )
+        found[folder] = made.content
+    assert found["a"] == found["b"]
+    assert found["a"] != found["c"]
+
+
+def test_every_chunk_is_drawn_by_a_seed_of_its_own(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    loaded, seeds = load(tiny_llama), []
+
+    def complete_and_tell(*given: Any, seed: int, **named: Any) -> torch.Tensor:
+        seeds.append(seed)
+        return complete(*given, seed=seed, **named)
+
+    for seed in (0, 1):
+        fields = Distill(windows=16, length=8, seed=seed, written=1.0, prompt_tokens=4)
+        text, both = read_text(str(text_file)), (fields, fields)
+        written_text([lambda: loaded], complete_and_tell, text, both, tmp_path / str(seed), {}, Silent())
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_the_loss_of_a_window_is_that_of_its_next_tokens(tiny_llama: Path) -> None:
+    loaded, ids = load(tiny_llama), torch.arange(2, 26).reshape(2, 12)
+    found = window_losses(loaded, ids)
+    for row, loss in zip(ids, found, strict=True):
+        with torch.no_grad():
+            logs = loaded.model(input_ids=row.unsqueeze(0)).logits[0].float().log_softmax(-1)
+        expected = -sum(float(logs[i, row[i + 1]]) for i in range(11)) / 11
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_drawn_by_another_training_are_refused(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    fields = {**HOW, "steps": 1, "written": 0.0, "adversarial": 0.0, "curriculum": "none"}
+    train(Distill(**fields, text=str(text_file)), job(tiny_llama, tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"drawn holds the windows drawn of another training \(seed differ\)"):
+        train(Distill(**fields, seed=1, text=str(text_file)), job(tiny_llama, tmp_path / "out"))

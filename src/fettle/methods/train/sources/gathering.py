@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fettle.data.windows import Text
 from fettle.errors import UsageError
+from fettle.methods.train.identity import settle_identity, told_fields
 from fettle.methods.train.job import TrainJob
 from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
 from fettle.methods.train.options import LoopFields, SignalFields
@@ -23,6 +24,7 @@ from fettle.methods.train.sources.on_policy import Completer, OnPolicy
 from fettle.methods.train.sources.written import written_text
 from fettle.methods.train.teachers import require_same_tokens
 from fettle.methods.train.text_mix import Order, TrainingText, learning_part
+from fettle.models.checkpoint import Checkpoint
 from fettle.models.loading import LoadedModel
 
 
@@ -54,7 +56,8 @@ def gathered(
         job: folders and device.
 
     Raises:
-        UsageError: on-policy windows without an engine, or a curriculum by a model with another tokenizer.
+        UsageError: on-policy windows without an engine, a curriculum by a model with another tokenizer, or drawn
+            windows of another training in the run's folder.
     """
     loop, data, signals = fields
     steps, folder = loop.planned_steps, job.folder / FOLDER
@@ -67,6 +70,11 @@ def gathered(
         sources.append(OnPolicy(student, _completer(job, "on_policy"), text, data, loop.seed))
     if data.adversarial:
         sources.append(Adversarial(gap, text, data, loop.seed))
+    if sources:
+        names = job.teachers(signals) if signals.needs_teacher else []
+        files = {"model": Checkpoint.open(student.folder).file_hashes(), "teachers": [teacher_hashes(x) for x in names]}
+        with process_group(job.device).main_process_first():
+            settle_identity(folder, {**told_fields(signals), **files}, "the windows drawn")
     return Mix(text, order, loop, sources=sources, every=data.refresh_every, folder=folder)
 
 
