@@ -92,6 +92,16 @@ def test_targets_are_groups_or_roles(tiny_llama: Path, trained: Trained) -> None
         Adapter(targets="values").validate()
 
 
+def test_a_learner_leaves_the_callers_chance_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    job = TrainJob(model=tiny_llama, original=tiny_llama, output=tmp_path / "out", folder=tmp_path / "run")
+    first, second = (Adapter(rank=2).learner(job).model for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_a_prefix_and_blocks_that_run_again_are_refused() -> None:
     with pytest.raises(RecipeError, match="set gradient_checkpointing: false, or use lora"):
         Adapter(kind="prefix", gradient_checkpointing=True).validate()
