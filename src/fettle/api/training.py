@@ -1,8 +1,9 @@
 """`train`: a model through a chain of stages, each resumable, to a written and measured folder and its page.
 
 `OUT.run/stages/` holds everything that the stages leave to each other: `01-distill/` the folder that a stage wrote,
-`01-distill.run/` its checkpoints, curve and teacher's answers, `01-distill.json` that it is done. A killed chain goes
-on in the stage, and there at the checkpoint, where it stopped.
+`01-distill.run/` its checkpoints and curve, `01-distill.json` that it is done; `answers/` the teachers' kept answers,
+which every stage that asks the same reads. A killed chain goes on in the stage, and there at the checkpoint, where it
+stopped.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from fettle.progress import Progress, Silent
 from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
-STAGES, IDENTITY, ADAPTER = "stages", "identity.json", "adapter_config.json"
+STAGES, IDENTITY, ADAPTER, ANSWERS = "stages", "identity.json", "adapter_config.json", "answers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,8 +261,8 @@ def _train(
     generic: bool, progress: Progress,
 ) -> Curve:  # fmt: skip
     job = TrainJob(
-        model=source, original=original, output=target, folder=folder, base_name=display_name(source), device=device,
-        generic=generic, progress=progress, complete=complete,
+        model=source, original=original, output=target, folder=folder, answers=folder.parent / ANSWERS,
+        base_name=display_name(source), device=device, generic=generic, progress=progress, complete=complete,
     )  # fmt: skip
     return train_stage(method, job)
 

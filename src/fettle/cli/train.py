@@ -121,6 +121,8 @@ def _print(made: api.Training) -> None:
         )
         if curve is not None and curve["stopped"]:
             told += f"; stopped: {curve['stopped']}"
+        if curve is not None and curve.get("answer_bytes"):
+            told += f"; the teacher's answers: {size(curve['answer_bytes'])} on disk"
         student = line.get("student")
         if student:
             why = f", {student['map']} " + " ".join(f"{score:.4f}" for score in student["scores"])
