@@ -37,7 +37,7 @@ def test_an_adapter_is_measured_as_its_merged_model_is(tiny_llama: Path, text_fi
     assert "KL to the original, mean" in page
 
 
-@pytest.mark.parametrize("kind", ["prompt", "bottleneck"])
+@pytest.mark.parametrize("kind", ["prompt", pytest.param("bottleneck", marks=pytest.mark.exhaustive)])
 def test_what_cannot_be_merged_is_measured_against_the_models_beginning(
     kind: str, tiny_llama: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -126,9 +126,7 @@ def train(
     if not (stages / IDENTITY).is_file():
         refuse_foreign(output)
     checkpoint = Checkpoint.open(folder)
-    for stage in chosen.stages:
-        if stage.method is not None:
-            require_context(checkpoint.config, getattr(stage.method, "length", 0), "length")
+    _require_contexts(chosen, checkpoint)
     before, began = torch.get_num_threads(), run_folder(output).exists()
     torch.set_num_threads(threads or before)
     try:
@@ -159,6 +157,13 @@ def train(
     return Training(
         folder=output, evaluation=Evaluation.from_json(told) if told else None, summary=summary, report_path=page
     )
+
+
+def _require_contexts(chain: Chain, checkpoint: Checkpoint) -> None:
+    """Refuses windows of training that are longer than the model's context."""
+    for stage in chain.stages:
+        if stage.method is not None:
+            require_context(checkpoint.config, getattr(stage.method, "length", 0), "length")
 
 
 def _has_begun(stages: Path) -> bool:
