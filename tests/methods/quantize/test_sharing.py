@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fettle.methods.quantize.sharing import column_importance
-from fettle.tensors.levels import uniform
+from fettle.tensors.grid import uniform
 from fettle.tensors.scheme import Scheme
 
 

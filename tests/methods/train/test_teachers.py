@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
 from fettle.data.tokenizer import load_tokenizer
 from fettle.errors import UsageError
@@ -19,3 +20,12 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_reason(tiny_llama:
     teachers.require_same_tokens(ours, load_tokenizer(tiny_llama), ("student", "teacher"))
     assert teachers.tokens_hash(ours) == teachers.tokens_hash(load_tokenizer(tiny_llama))
     assert teachers.tokens_hash(ours) != teachers.tokens_hash(demo)
+
+
+def test_the_same_words_cut_otherwise_are_other_tokens(tiny_llama: Path) -> None:
+    ours, other = load_tokenizer(tiny_llama), load_tokenizer(tiny_llama)
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert ours.get_vocab() == other.get_vocab()
+    assert not teachers.share_tokens(ours, other)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        teachers.require_same_tokens(ours, None, ("student", "teacher"))

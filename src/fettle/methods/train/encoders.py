@@ -35,6 +35,7 @@ from fettle.methods.train.named_teachers import load_teacher
 from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.outputs import shared_units, value_path
 from fettle.methods.train.sources.fields import DataFields
+from fettle.methods.train.teachers import share_tokens
 from fettle.methods.train.text_mix import TrainingText
 from fettle.models.anatomy import Anatomy
 
@@ -202,7 +203,7 @@ def encoder_objective(
     weights = encoder_signals(asked)
     name = job.teachers(asked)[0]
     teacher = load_teacher(name, device=job.device, generic=job.generic)
-    if teacher.tokenizer is None or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    if not share_tokens(student.tokenizer, teacher.tokenizer):
         raise UsageError(f"{job.model} and {name} have different tokenizers, so their words cannot be compared")
     teacher.model.eval()
     depth = len(student.anatomy.blocks)

@@ -38,13 +38,21 @@ class Live:
             return self.observed(input_ids)
 
 
+def share_tokens(student: Any, teacher: Any) -> bool:
+    """Whether two tokenizers give the same ids for the same text; not where one is missing."""
+    if student is None or teacher is None or student.get_vocab() != teacher.get_vocab():
+        return False
+    return bool(student(PROBE)["input_ids"] == teacher(PROBE)["input_ids"])
+
+
 def require_same_tokens(student: Any, teacher: Any, names: tuple[str, str]) -> None:
     """Raises UsageError where two tokenizers do not give the same ids for the same text: their logits then mean
     different things, token by token.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    same = ours == theirs and student(PROBE)["input_ids"] == teacher(PROBE)["input_ids"]
-    if not same:
+    if teacher is None:
+        raise UsageError(f"the teacher {names[1]} has no tokenizer; give the whole folder of the model")
+    if not share_tokens(student, teacher):
+        ours, theirs = student.get_vocab(), teacher.get_vocab()
         differing = sum(ours.get(word) != number for word, number in theirs.items())
         raise UsageError(
             f"{names[0]} and {names[1]} have different tokenizers ({len(ours):,} and {len(theirs):,} entries, "
