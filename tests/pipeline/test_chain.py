@@ -84,6 +84,41 @@ def test_stages_follow_each_other_and_are_measured_on_the_files(
     assert measured.bits_per_weight == pytest.approx(made.evaluation.bits_per_weight)
 
 
+def test_codes_behind_a_training_state_their_loss_against_what_was_trained(
+    tiny_llama: Path, text_file: Path, tmp_path: Path
+) -> None:
+    stages = chain(text_file, {"train": "distill", "hard": 1.0, "learning_rate": 1e-2}, {"compress": CODES})
+    made = fettle.train(tiny_llama, tmp_path / "out", stages)
+    trained = tmp_path / "out.run" / "stages" / "01-distill"
+    alone = fettle.evaluate(tmp_path / "out", reference=trained, length=512, max_tokens=1024)
+    line = made.summary["stages"][1]
+    assert "against_input" not in made.summary["stages"][0]
+    lost = line["against_input"]
+    assert (lost["kl_mean"], lost["perplexity"]) == (alone.kl_mean, alone.perplexity)
+    assert made.evaluation is not None
+    assert lost["kl_mean"] != made.evaluation.kl_mean  # that is against what the chain began with
+    assert json.loads((trained.parent / "02-compress.json").read_text())["against_input"] == lost
+    page = made.report_path.read_text()
+    assert "02-compress: KL to what it read, mean</th>" in page
+    assert f"{lost['kl_mean']:.5f} nats" in page
+
+
+def test_a_chain_is_judged_by_the_text_that_is_given(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine.txt", tmp_path / "out"
+    mine.write_text("A cat sat on a mat and saw a rat.\n" * 60, encoding="utf-8")
+    stages = chain(text_file, {"train": "distill"}, {"compress": CODES})
+    with pytest.raises(UsageError, match="judge by a text that no stage sees"):
+        fettle.train(tiny_llama, out, stages, judge=text_file)
+    assert not out.exists()
+    first = fettle.train(tiny_llama, out, stages)
+    made = fettle.train(tiny_llama, out, stages, judge=mine)  # all is done; the measurement is another
+    told = hashlib.sha256(mine.read_bytes()).hexdigest()
+    assert first.evaluation is not None
+    assert made.evaluation is not None
+    assert first.evaluation.text_sha256 != made.evaluation.text_sha256 == told
+    assert made.summary["stages"][1]["against_input"]["text_sha256"] == told
+
+
 def test_a_chain_stopped_in_its_last_stage_gives_the_same_bytes(
     tiny_llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

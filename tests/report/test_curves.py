@@ -29,6 +29,13 @@ def test_the_caption_tells_steps_best_look_and_why_it_stopped() -> None:
     assert heights[0] == heights[1] < heights[2] == heights[3]  # down on the page is less
 
 
+def test_the_caption_states_the_bytes_of_kept_answers() -> None:
+    told = stage(4)
+    told["curve"] |= {"answer_bytes": 11_160}  # type: ignore[operator]
+    ((caption, _),) = curve_plots([told])
+    assert caption == "01-qat: loss over 4 steps; the teacher's answers take 11.2 kB on disk"
+
+
 def test_many_steps_are_shown_by_their_means() -> None:
     ((_, plot),) = curve_plots([stage(601)])
     assert len(points(plot)[0]) <= MOST_POINTS

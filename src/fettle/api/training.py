@@ -1,8 +1,9 @@
 """`train`: a model through a chain of stages, each resumable, to a written and measured folder and its page.
 
 `OUT.run/stages/` holds everything that the stages leave to each other: `01-distill/` the folder that a stage wrote,
-`01-distill.run/` its checkpoints, curve and teacher's answers, `01-distill.json` that it is done. A killed chain goes
-on in the stage, and there at the checkpoint, where it stopped.
+`01-distill.run/` its checkpoints and curve, `01-distill.json` that it is done; `answers/` the teachers' kept answers,
+which every stage that asks the same reads. A killed chain goes on in the stage, and there at the checkpoint, where it
+stopped.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ import torch
 
 from fettle.api.completing import complete
 from fettle.api.compressing import EVALUATION_TOKENS, compress
-from fettle.data.tokenizer import load_tokenizer
-from fettle.data.windows import evaluation_windows, read_text
+from fettle.api.judging import (
+    ADAPTER,
+    INPUT,
+    Judge,
+    compresses_behind_training,
+    is_judged,
+    judging_text,
+    loss_of_stage,
+)
+from fettle.data.windows import read_text
 from fettle.errors import ModelError, UsageError
-from fettle.evaluate.apart import beside, same_tokens
 from fettle.evaluate.memory import peak_memory_bytes, restart_peak
 from fettle.evaluate.result import Evaluation
-from fettle.evaluate.streaming import evaluate as evaluate_streaming
 from fettle.methods.train import Adapter, TrainMethod
 from fettle.methods.train.adapter_files import check_files
 from fettle.methods.train.adapters import VIRTUAL
@@ -36,8 +43,9 @@ from fettle.methods.train.named_teachers import teacher_hashes
 from fettle.methods.train.options import BEFORE, SignalFields
 from fettle.methods.train.processes import is_main_process, process_group, wait_for_all
 from fettle.methods.train.training import train as train_stage
+from fettle.models.anatomy import read_anatomy
 from fettle.models.checkpoint import Checkpoint
-from fettle.models.config_file import context_length, read_json
+from fettle.models.config_file import read_json
 from fettle.models.source import resolve
 from fettle.models.writer import write_json
 from fettle.pipeline.chain import Chain, Stage, load_chain
@@ -57,13 +65,13 @@ from fettle.report.atomic import require_writable
 from fettle.report.page import write_report
 
 MOST_THREADS = 1024  # torch starts as many as it is told, and dies of too many
-STAGES, IDENTITY, ADAPTER = "stages", "identity.json", "adapter_config.json"
+STAGES, IDENTITY, ANSWERS = "stages", "identity.json", "answers"
 ADAPTER_RECORD = "fettle_adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What `train` did: the written folder, its measurement (None where it was left out, or is an adapter), summary."""
+    """What `train` did: the written folder, its measurement (None where it was left out), summary, page."""
 
     folder: Path
     evaluation: Evaluation | None
@@ -81,6 +89,7 @@ def train(
     fresh: bool = False,
     evaluate: bool = True,
     generic: bool = False,
+    judge: str | Path | None = None,
     report: str | Path | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -97,8 +106,10 @@ def train(
         device: "cpu", "cuda" or "cuda:N".
         threads: torch's threads while it trains; None leaves them as they are.
         fresh: start over instead of resuming.
-        evaluate: measure the written model against `model`.
+        evaluate: measure the written model, or base and adapter, against `model`, and every stage that compresses what
+            was trained against what it read.
         generic: treat every linear of an unknown architecture alike.
+        judge: the UTF-8 text to measure on; None for the embedded held-out one.
         report: where the page goes; None: `OUTPUT.run/report.html`.
         progress: told how far it is.
         command: the command that reproduces this, for the page.
@@ -116,6 +127,7 @@ def train(
         require_writable(page)
     folder = resolve(model)
     refuse_inside(folder, output)
+    text = judging_text(judge, chosen) if evaluate else None
     stages = run_folder(output) / STAGES
     if not (stages / IDENTITY).is_file():
         refuse_foreign(output)
@@ -133,8 +145,10 @@ def train(
             summary = _summary(chosen, model, checkpoint, output, lines)
             summary |= {"seconds": sum(line["seconds"] for line in lines), "peak_memory_bytes": peak_memory_bytes()}
             summary["command"] = command or ""
-            if evaluate and not (output / ADAPTER).is_file() and is_main_process():
-                summary["evaluation"] = _measure(folder, output, checkpoint, device, generic, progress).to_json()
+            if text is not None and is_main_process():
+                how = Judge(text=text, tokens=EVALUATION_TOKENS, device=device, generic=generic, progress=progress)
+                found = _judged(how, chosen, [folder, *_written(chosen, stages, output)], stages, lines)
+                summary["evaluation"] = found.to_json() if found is not None else None
             if is_main_process():
                 write_json(run_folder(output) / "training.json", summary)
                 write_report(page, [summary])
@@ -145,9 +159,9 @@ def train(
     finally:
         torch.set_num_threads(before)
     summary["sitting_seconds"] = round(time.monotonic() - started, 3)
-    found = summary["evaluation"]
+    told = summary["evaluation"]
     return Training(
-        folder=output, evaluation=Evaluation.from_json(found) if found else None, summary=summary, report_path=page
+        folder=output, evaluation=Evaluation.from_json(told) if told else None, summary=summary, report_path=page
     )
 
 
@@ -305,8 +319,8 @@ def _train(
     generic: bool, progress: Progress,
 ) -> Curve:  # fmt: skip
     job = TrainJob(
-        model=source, original=original, output=target, folder=folder, base_name=display_name(source), device=device,
-        generic=generic, progress=progress, complete=complete,
+        model=source, original=original, output=target, folder=folder, answers=folder.parent / ANSWERS,
+        base_name=display_name(source), device=device, generic=generic, progress=progress, complete=complete,
     )  # fmt: skip
     return train_stage(method, job)
 
@@ -321,23 +335,26 @@ def _compress(
     )
 
 
-def _measure(
-    folder: Path, output: Path, checkpoint: Checkpoint, device: str, generic: bool, progress: Progress
-) -> Evaluation:
-    """On held-out text, against the model that the chain began with; a student may have fewer blocks than that, and
-    one whose vocabulary was trimmed other tokens: then each is measured alone.
+def _written(chain: Chain, stages: Path, output: Path) -> list[Path]:
+    """The folder of each stage."""
+    return [*(stages / _stage_name(chain, number) for number in range(len(chain.stages) - 1)), output]
+
+
+def _judged(
+    judge: Judge, chain: Chain, folders: list[Path], stages: Path, lines: list[dict[str, Any]]
+) -> Evaluation | None:
+    """Measures the last of the folders (what the chain began with, then each stage's) against the first, and puts into
+    the lines of stages that compressed what was trained what that lost; None for an adapter of an encoder.
     """
-    length, text = min(512, context_length(checkpoint.config) or 512), read_text(None, variant="heldout")
-
-    def measured(model: Path, reference: Path | None) -> Evaluation:
-        windows = evaluation_windows(load_tokenizer(model), text, length=length, max_tokens=EVALUATION_TOKENS)
-        return evaluate_streaming(
-            model, reference, windows, device=device, generic=generic, reshaped=True, progress=progress
-        )
-
-    if same_tokens(output, folder, generic=generic):
-        return measured(output, folder)
-    return beside(measured(output, None), measured(folder, None))
+    for number, line in enumerate(lines):
+        if compresses_behind_training(chain, number) and not is_judged(line, judge.text):
+            line[INPUT] = loss_of_stage(judge, folders[number + 1], folders[number])
+            write_json(stages / f"{line['name']}.json", line)
+    if (folders[-1] / ADAPTER).is_file():
+        anatomy = read_anatomy(Checkpoint.open(folders[-2]), generic=judge.generic)
+        if not anatomy.causal or anatomy.head is None:
+            return None
+    return judge.measure(folders[-1], folders[0], folders[-2])
 
 
 def _summary(
@@ -349,7 +366,10 @@ def _summary(
         "kind": "training",
         "model": display_name(model),
         "base": {"name": display_name(model), "bytes": _bytes(checkpoint.folder / x for x in checkpoint.shards)},
-        "output": {"folder": str(output), "bytes": _bytes(output.glob("*.safetensors")), "hashes": {}},
+        "output": {
+            "folder": str(output), "bytes": _bytes(output.glob("*.safetensors")), "hashes": {},
+            "adapter": (output / ADAPTER).is_file(),
+        },
         "recipe": {"name": chain.name},
         "recipe_yaml": chain.to_yaml(),
         "stages": lines,

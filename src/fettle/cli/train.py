@@ -32,6 +32,10 @@ ChainChoice = Annotated[
 Method = Annotated[str | None, typer.Option("--method", metavar="NAME", help=f"One stage: {', '.join(TRAIN_METHODS)}.")]
 Measure = Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Measure the written model against MODEL.")]
 
+JudgingText = Annotated[
+    str | None, typer.Option("--judge", metavar="FILE", help="UTF-8 text to measure on; none for the held-out one.")
+]
+
 
 @with_flags(method_flags(TRAIN_METHODS))
 def run(
@@ -43,6 +47,7 @@ def run(
     threads: Threads = None,
     fresh: Fresh = False,
     evaluate: Measure = True,
+    judge: JudgingText = None,
     generic: Generic = False,
     report: ReportPath = None,
     json: Json = False,
@@ -72,6 +77,7 @@ def run(
         threads=threads,
         fresh=fresh,
         evaluate=evaluate,
+        judge=judge,
         generic=generic,
         report=report,
         progress=progress(json=json),
@@ -121,6 +127,11 @@ def _print(made: api.Training) -> None:
         )
         if curve is not None and curve["stopped"]:
             told += f"; stopped: {curve['stopped']}"
+        if curve is not None and curve.get("answer_bytes"):
+            told += f"; the teacher's answers: {size(curve['answer_bytes'])} on disk"
+        lost = line.get("against_input") or {}
+        if lost.get("kl_mean") is not None:
+            told += f"; KL to what it read: {lost['kl_mean']:.5f} nats"
         student = line.get("student")
         if student:
             why = f", {student['map']} " + " ".join(f"{score:.4f}" for score in student["scores"])

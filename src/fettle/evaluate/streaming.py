@@ -139,7 +139,7 @@ def evaluate(
         if side.anatomy.causal and side.anatomy.head is not None:
             measures = _through_head(side, other, windows, workers)
         hashes = side.checkpoint.file_hashes(), other.checkpoint.file_hashes() if other is not None else {}
-    fields = _sizes(side, other) | (_language(measures, windows, side) if measures is not None else {})
+    fields = _sizes(side, other) | (language_figures(measures, windows, side.folder) if measures is not None else {})
     if other is not None:
         fields |= {"error_by_block": errors}
         if _same_width(side, other):
@@ -153,7 +153,7 @@ def evaluate(
         window_tokens=max(len(ids) for ids in windows.ids),
         model_hashes=hashes[0],
         reference_hashes=hashes[1],
-        versions=_versions(),
+        versions=library_versions(),
         seconds=round(time.monotonic() - started, 3),
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -244,13 +244,14 @@ def _through_head(side: _Side, other: _Side | None, windows: Windows, workers: W
     return measured
 
 
-def _language(measures: TokenMeasures, windows: Windows, side: _Side) -> dict[str, Any]:
+def language_figures(measures: TokenMeasures, windows: Windows, folder: Path) -> dict[str, Any]:
+    """The fields of an `Evaluation` that follow from single tokens; `folder` has the tokenizer."""
     loss = measures.loss
     fields = _perplexity(loss, windows.text_bytes, "")
     if measures.kl is None or measures.reference_loss is None:
         return fields
     assert measures.agreement is not None and measures.probability_change is not None
-    tokenizer = load_tokenizer(side.folder)
+    tokenizer = load_tokenizer(folder)
     return (
         fields
         | _perplexity(measures.reference_loss, windows.text_bytes, "reference_")
@@ -303,7 +304,8 @@ def _sizes(side: _Side, other: _Side | None) -> dict[str, Any]:
     return fields
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Of what an evaluation was made with."""
     import platform
     from importlib.metadata import version
 

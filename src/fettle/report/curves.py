@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fettle.report.plots import lines
+from fettle.report.tables import size
 
 MOST_POINTS = 60
 
@@ -29,7 +30,9 @@ def _plot(stage: Mapping[str, Any]) -> tuple[str, Markup]:
     unit = "step" if span == 1 else f"mean of {span} steps"
     told = f"; the least on windows held back was {min(loss for _, loss in looks):.4g}" if looks else ""
     stopped = f"; stopped: {curve['stopped']}" if curve.get("stopped") else ""
-    caption = f"{stage['name']}: loss over {len(losses)} steps{told}{stopped}"
+    kept = curve.get("answer_bytes") or 0
+    disk = f"; the teacher's answers take {size(kept)} on disk" if kept else ""
+    caption = f"{stage['name']}: loss over {len(losses)} steps{told}{stopped}{disk}"
     plot = lines(
         series, title=f"Loss of {stage['name']}", unit="loss", axis=unit,
         description=f"{caption}. From {losses[0]:.4g} in the first step to {losses[-1]:.4g} in the last.",

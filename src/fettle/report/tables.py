@@ -41,12 +41,15 @@ def figures(document: Mapping[str, Any]) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {"Size": [], "Quality": [], "Cost": []}
     before, after = base.get("bytes", found.get("reference_bytes")), output.get("bytes", found.get("bytes"))
     if after is not None:
-        rows["Size"].append(("Size of the weights' files", size(before), size(after)))
+        adapter = output.get("adapter")
+        label = "Size of the adapter's file" if adapter else "Size of the weights' files"
+        rows["Size"].append((label, NONE if adapter else size(before), size(after)))
     for label, key, reference, form in MEASURES:
         if found.get(key) is not None:
             original = found.get(reference) if reference else None
             row = (label, NONE if original is None else form.format(original), form.format(found[key]))
             rows["Size" if key in SIZES else "Quality"].append(row)
+    rows["Quality"] += [row for line in document.get("stages") or [] for row in stage_figures(line)]
     rows |= {"Budget": budget_figures(document["budget"])} if document.get("budget") else {}
     what = {"compression": "compress", "training": "train"}.get(str(document.get("kind")))
     if what is not None:
@@ -81,6 +84,20 @@ def budget_figures(budget: Mapping[str, Any]) -> list[Row]:
     return [*table, ("Weights by scheme", NONE, shares)]
 
 
+def stage_figures(line: Mapping[str, Any]) -> list[Row]:
+    """What a stage that compressed a trained model lost against that."""
+    found = line.get("against_input")
+    if not found:
+        return []
+    pair = [found.get(f"{prefix}bits_per_byte") for prefix in ("reference_", "")]
+    table: list[Row] = []
+    if found.get("kl_mean") is not None:
+        table.append((f"{line['name']}: KL to what it read, mean", NONE, f"{found['kl_mean']:.5f} nats"))
+    if None not in pair:
+        table.append((f"{line['name']}: bits a byte, before and behind", NONE, " → ".join(f"{x:.4f}" for x in pair)))
+    return table
+
+
 def comparison(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several documents side by side: {"names": […], "groups": {heading: [(what, [value, …])]}}."""
     tables = [figures(document) for document in documents]
@@ -113,6 +130,8 @@ def verdict(document: Mapping[str, Any]) -> str:
     before = (document.get("base") or {}).get("bytes", found.get("reference_bytes"))
     after = (document.get("output") or {}).get("bytes", found.get("bytes"))
     name = document.get("model") or "The model"
+    if (document.get("output") or {}).get("adapter"):
+        name, before = f"The adapter of {name}", None
     smaller = f"{name} takes {size(after)}" + (
         f" instead of {size(before)}, {before / after:.2f} times less" if before and after else ""
     )

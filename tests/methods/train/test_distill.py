@@ -141,6 +141,7 @@ def test_kept_answers_train_as_the_live_teacher_does(tiny_llama: Path, trained: 
     _, live = trained(Distill, tiny_llama, layers=1)
     _, kept = trained(Distill, tiny_llama, layers=1, teacher_top_k=320)
     assert kept.losses == pytest.approx(live.losses, rel=1e-4)
+    assert (live.answer_bytes, kept.answer_bytes) == (0, 10 * 31 * (8 * 320 + 4))  # 8 windows, and 2 held back
 
 
 def test_a_teacher_with_other_tokens_is_refused(tiny_llama: Path, trained: Trained) -> None:

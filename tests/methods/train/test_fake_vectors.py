@@ -136,3 +136,11 @@ def test_a_mix_with_vector_codes_goes_on(tiny_llama: Path, trained: Trained, tmp
     assert curve.held_back[-1][1] < 0.9 * curve.held_back[0][1]
     logits: Tensor = load(after).model(torch.arange(2, 22).unsqueeze(0)).logits
     assert torch.isfinite(logits).all()
+
+
+def test_the_tensor_scale_goes_where_the_weights_go() -> None:
+    layer = FakeVectorLinear(start(SCHEMES["2 bits, small scales"]), None)
+    assert layer._scales.unit is not None
+    there = layer.to("meta")
+    assert there._scales.unit is not None
+    assert there._scales.unit.device == there.weight.device == torch.device("meta")

@@ -28,7 +28,7 @@ from fettle.methods.train import curve as curve_module
 from fettle.methods.train.curve import MARK, Curve, checkpoints, drop_torn
 from fettle.methods.train.job import TrainJob
 from fettle.methods.train.kept import keep
-from fettle.methods.train.loop import Objective, run, take_
+from fettle.methods.train.loop import Objective, pin_, run, take_
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.samples import check_samples
 from fettle.methods.train.text_mix import TrainingText
@@ -476,3 +476,19 @@ def test_the_schedule_rises_and_falls(tmp_path: Path) -> None:
     assert max(cosine) == pytest.approx(0.2)
     assert cosine[-1] < 0.01
     assert set(constant) == {0.2}
+
+
+def test_one_process_stays_on_its_device_however_many_gpus_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to=[])
+    arguments._n_gpu = 2  # as Trainer counts them
+    assert arguments.train_batch_size == 8
+    pin_(arguments, torch.device("cuda:1"))
+    assert arguments.device == torch.device("cuda:1")
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+    assert current == [torch.device("cuda:1")]

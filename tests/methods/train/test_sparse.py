@@ -317,3 +317,9 @@ def test_a_process_that_looks_late_draws_as_the_others_do(tmp_path: Path, monkey
 def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         build(TRAIN_METHODS["sparse"], fields)
+
+
+def test_a_mask_goes_where_its_weight_goes() -> None:
+    layer = SparseLinear(torch.nn.Linear(6, 4), movement=True).to("meta")
+    assert layer.mask.device == layer.weight.device == torch.device("meta")
+    assert layer.double().mask.dtype == torch.bool

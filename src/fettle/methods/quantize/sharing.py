@@ -46,5 +46,5 @@ def _choose(tile: Tensor, scheme: Scheme, clip: str, importance: Tensor | None) 
 def column_importance(importance: Tensor | None, tile: Tensor, scheme: Scheme) -> Tensor:
     """Importance of each column in the shape of the groups, zero where a short group was filled."""
     if importance is None:
-        importance = ones(tile.shape[1])
+        importance = ones(tile.shape[1], device=tile.device)
     return in_groups(importance.expand(tile.shape if scheme.granularity == "tensor" else (1, tile.shape[1])), scheme)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fettle.errors import CheckpointError, RecipeError, UsageError, unknown_word
 from fettle.models.config_file import read_json
 from fettle.models.loading import LoadedModel
+from fettle.models.storage import module_name
 from fettle.models.writer import write_json, write_shard
 
 TYPE = "BOTTLENECK"
@@ -82,7 +83,7 @@ class BottleneckModel(nn.Module):
             )
         self.places: dict[str, Widened] = {}
         for linear in linears:
-            path = linear.slot.parameter.removesuffix(".weight")
+            path = module_name(linear)
             parent, _, leaf = path.rpartition(".")
             widened = Widened(loaded.model.get_submodule(path), linear.shape[0])
             setattr(loaded.model.get_submodule(parent), leaf, widened)

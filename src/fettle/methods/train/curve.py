@@ -40,6 +40,7 @@ class Curve:
         held_back: (step, loss on the windows held back), the start at step 0 first.
         seconds: of all sittings together.
         stopped: why it ended before its last step; empty where it did not.
+        answer_bytes: of the teacher's answers that were kept on disk; 0 where it ran along.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Curve:
     held_back: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
+    answer_bytes: int = 0
 
     @property
     def best(self) -> tuple[int, float] | None:

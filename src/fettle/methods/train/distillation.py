@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from fettle.errors import RecipeError
 from fettle.methods.train import signals
+from fettle.methods.train.kept_answers import KeptAnswers
 from fettle.methods.train.loop import Objective
 from fettle.methods.train.options import SignalFields
 from fettle.methods.train.outputs import Observed, Outputs
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.mix import MADE
 from fettle.methods.train.sources.on_policy import resting
-from fettle.methods.train.teachers import KeptAnswers, Teacher
+from fettle.methods.train.teachers import Teacher
 
 
 class Distillation(Objective):
@@ -29,8 +30,8 @@ class Distillation(Objective):
         self, student: Observed, fields: SignalFields, *, teacher: Teacher | None = None,
         answers: KeptAnswers | None = None, layers: list[int] | None = None, learned: int | None = None,
     ) -> None:  # fmt: skip
-        """`layers`: for each of the student's, the teacher's that it looks at, where a signal goes by layer; `learned`:
-        the first window that no step sees.
+        """`answers`: in the teacher's place; `layers`: for each of the student's, the teacher's that it looks at, where
+        a signal goes by layer; `learned`: the first window that no step sees.
         """
         super().__init__()
         self.student = student.model
@@ -59,16 +60,24 @@ class Distillation(Objective):
         Raises:
             RecipeError: another vocabulary, or another number of layers than the map can use.
         """
-        teacher = self._teacher[0]
-        if teacher is None:
+        teacher, answers = self._teacher[0], self._answers
+        if teacher is None and answers is None:
             return
         with torch.no_grad():
-            ours, theirs = self._observed[0](input_ids), teacher(input_ids)
-        if ours.logits.shape != theirs.logits.shape:
+            ours = self._observed[0](input_ids)
+            theirs = teacher(input_ids) if teacher is not None else None
+        known = [answers.vocabulary] if answers is not None else []
+        known += [theirs.logits.shape[-1]] if theirs is not None else []
+        if known != [ours.logits.shape[-1]] * len(known):
             raise RecipeError(
-                f"the student knows {ours.logits.shape[-1]} tokens and the teacher {theirs.logits.shape[-1]}; they "
-                "must have the same vocabulary"
+                f"the student knows {ours.logits.shape[-1]} tokens and the teacher {known[0]}; they must have the same "
+                "vocabulary"
             )
+        if theirs is not None:
+            self._fit(ours, theirs)
+
+    def _fit(self, ours: Outputs, theirs: Outputs) -> None:
+        """Projections and relation heads for two models' widths."""
         weights = self.fields.weights()
         if "features" in weights:
             for layer, state in enumerate(ours.hidden):
@@ -83,7 +92,7 @@ class Distillation(Objective):
         ours = self._observed[0](input_ids)
         weights = self.fields.weights()
         teacher = self._teacher[0]
-        theirs = teacher(input_ids, window) if teacher is not None and self._answers is None else None
+        theirs = teacher(input_ids, window) if teacher is not None else None
         total = ours.logits.new_zeros((), dtype=torch.float32)
         for name, weight in weights.items():
             total = total + weight * self._signal(name, ours, theirs, window, input_ids)
@@ -94,9 +103,7 @@ class Distillation(Objective):
         if name == "hard":
             return self._hard(predicted, window, input_ids)
         if self._answers is not None:
-            kept, place = self._answers, window.cpu()
-            parts = (part[place].to(predicted.device) for part in (kept.indices, kept.kept, kept.rest))
-            indices, logs, rest = parts
+            indices, logs, rest = (part.to(predicted.device) for part in self._answers.rows(window))
             return signals.kept_labels(predicted, indices.long(), logs, rest, fields.temperature, fields.divergence)
         if theirs is None:
             raise RecipeError(f"{name} needs a teacher; name one with teacher:")
@@ -139,7 +146,7 @@ class Distillation(Objective):
         with resting(self):
             found = []
             for one, ids in zip(window.unsqueeze(1), input_ids.to(device).unsqueeze(1), strict=True):
-                theirs = None if self._answers is not None or self._teacher[0] is None else self._teacher[0](ids, one)
+                theirs = None if self._teacher[0] is None else self._teacher[0](ids, one)
                 found.append(self._signal("soft", self._observed[0](ids), theirs, one, ids))
         return torch.stack(found).cpu()
 

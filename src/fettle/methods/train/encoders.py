@@ -36,6 +36,7 @@ from fettle.methods.train.options import LoopFields, SignalFields
 from fettle.methods.train.outputs import shared_units, value_path
 from fettle.methods.train.samples import check_samples
 from fettle.methods.train.sources.fields import DataFields
+from fettle.methods.train.teachers import share_tokens
 from fettle.methods.train.text_mix import TrainingText
 from fettle.models.anatomy import Anatomy
 
@@ -206,7 +207,7 @@ def encoder_objective(
     check_samples(weights, loop, held_back=len(text.held_back), each=1)
     name = job.teachers(asked)[0]
     teacher = load_teacher(name, device=job.device, generic=job.generic, causal=False)
-    if teacher.tokenizer is None or student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    if not share_tokens(student.tokenizer, teacher.tokenizer):
         raise UsageError(f"{job.model} and {name} have different tokenizers, so their words cannot be compared")
     teacher.model.eval()
     depth = len(student.anatomy.blocks)

@@ -30,6 +30,7 @@ from fettle.methods.train.sentence_text import sentences
 from fettle.methods.train.text_mix import learning_part, require_tokenizer
 from fettle.models.loading import LoadedModel
 from fettle.models.parts import Linear
+from fettle.models.storage import module_name
 from fettle.tensors.activations import Activations, InputQuantizer, InputScale
 
 WINDOWS = 32
@@ -109,7 +110,7 @@ def observed_inputs(loaded: LoadedModel, linears: Sequence[Linear], fields: Loop
         def gather(module: nn.Module, inputs: tuple[Tensor, ...], state: Histogram = state) -> None:
             state.add_(inputs[0][kept["mask"]].float().cpu())
 
-        module = loaded.model.get_submodule(linear.slot.parameter.removesuffix(".weight"))
+        module = loaded.model.get_submodule(module_name(linear))
         handles.append(module.register_forward_pre_hook(gather))
     tree: Any = loaded.model
     try:

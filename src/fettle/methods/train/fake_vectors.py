@@ -61,13 +61,18 @@ class FakeVectorLinear(FakeLinear[VectorTensor]):
         latent = units if original is None else leaning_units(units, original, base, start.scheme)
         super().__init__(scaled(latent, base, start.scheme)[:, : start.shape[1]], bias)
         self.scheme, self._shape = start.scheme, start.shape
-        self._scales = StoredScales(start.scheme, start.tensor_scale)
-        for name, value in (("_base", base), ("_codes", start.codes), ("_units", units)):
+        kept = {"_base": base, "_codes": start.codes, "_units": units, "_tensor_scale": start.tensor_scale}
+        for name, value in kept.items():
             self.register_buffer(name, value, persistent=False)  # where the weights go, they go
         self._base: Tensor
         self._codes: Tensor
         self._units: Tensor
+        self._tensor_scale: Tensor | None
         self.log_scale = nn.Parameter(torch.zeros_like(base))
+
+    @property
+    def _scales(self) -> StoredScales:
+        return StoredScales(self.scheme, self._tensor_scale)
 
     @property
     def level_gap(self) -> float:

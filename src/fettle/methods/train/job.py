@@ -25,7 +25,8 @@ class TrainJob:
         model: the folder (hub id, or demo) that is trained.
         original: the teacher where none is named; the model that a chain began with.
         output: the folder that is written.
-        folder: for checkpoints, curve and kept answers; of this run alone.
+        folder: for checkpoints and curve; of this run alone.
+        answers: for teachers' answers, found again by who asks the same; None: in `folder`.
         base_name: what `fettle.json` calls the model.
         device: torch's word for it.
         generic: treat every linear of an unknown family alike.
@@ -38,6 +39,7 @@ class TrainJob:
     original: str | Path
     output: Path
     folder: Path
+    answers: Path | None = None
     base_name: str = ""
     device: str = "cpu"
     generic: bool = False

@@ -271,7 +271,7 @@ def _trainer(objective: Objective, mix: Mix, fields: LoopFields, folder: Path, r
 def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: int, *, looks: bool) -> Any:
     from transformers import TrainingArguments
 
-    device = next(objective.parameters()).device.type
+    device = next(objective.parameters()).device
     processes = process_count()
     part, left = divmod(fields.batch_windows, processes * fields.accumulate)
     if left or not part:
@@ -280,7 +280,7 @@ def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: in
             f"parts; allowed: multiples of {processes * fields.accumulate}"
         )
     fresh = not checkpoints(folder)  # a resumed run has looked at its start before
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=steps,
         per_device_train_batch_size=part,
@@ -300,13 +300,24 @@ def _arguments(objective: Objective, fields: LoopFields, folder: Path, steps: in
         label_names=["input_ids"],  # so that an evaluation has a loss
         prediction_loss_only=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device == "cuda",
-        use_cpu=device == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
         seed=fields.seed,
         report_to=[],
         disable_tqdm=True,
         log_level="error",
     )
+    if device.type == "cuda" and processes == 1:
+        pin_(found, device)
+    return found
+
+
+def pin_(arguments: Any, device: torch.device) -> None:
+    """One process computes where its objective is: Trainer would take the first GPU, and with several of them put
+    copies of the model on all and multiply the windows of a step by their number.
+    """
+    arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1  # what `device` and `n_gpu` give
+    torch.cuda.set_device(device)  # Accelerate says "cuda", which means the current one
 
 
 def _optimizer(objective: Objective, fields: LoopFields) -> torch.optim.Optimizer:

@@ -68,6 +68,11 @@ class SparseLinear(nn.Module):
         self.watched = False
         self.last: Tensor | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.mask = fn(self.mask)  # no buffer: several processes would send it to each other in every step
+        return self
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
         values: Tensor = _Masked.apply(self.weight, self.scores, self.mask)  # type: ignore[no-untyped-call]

@@ -127,6 +127,11 @@ def training_text(
     )
 
 
+def drawing_seed(seed: int, place: int) -> int:
+    """A seed of its own for what is drawn at a place of a run, so that a resumed run draws the same."""
+    return (seed + 1) * 1_000_003 + place
+
+
 def require_tokenizer(tokenizer: Any, model: str | Path) -> None:
     """Raises UsageError where a model came without one."""
     if tokenizer is None:

@@ -2,7 +2,7 @@
 
 method.learner(job)  → the student, with what learns marked, and how it is written (job.py)
 text                 → windows (text_mix.py), and which of them stands in which place (sources/)
-teacher              → live, or its kept answers (teachers.py)
+teacher              → live, or its kept answers (guidance.py)
 objective            → loop (loop.py) → learner.write
 """
 
@@ -19,23 +19,21 @@ from fettle.errors import RecipeError, UsageError
 from fettle.methods.train.curve import Curve, drop_torn
 from fettle.methods.train.distillation import Distillation
 from fettle.methods.train.encoders import EncoderDistillation, encoder_objective, refuse_sources
+from fettle.methods.train.guidance import guidance
 from fettle.methods.train.job import Learner, TrainJob, TrainMethod
-from fettle.methods.train.layer_search import looked_at
-from fettle.methods.train.loop import run
-from fettle.methods.train.named_teachers import load_teacher, teacher_hashes
+from fettle.methods.train.loop import CURVE, run
 from fettle.methods.train.options import LoopFields, SignalFields
-from fettle.methods.train.outputs import RELATION_STRIDE, Observed, base_tree
+from fettle.methods.train.outputs import RELATION_STRIDE, Observed
 from fettle.methods.train.processes import is_main_process, process_group
 from fettle.methods.train.samples import check_samples
 from fettle.methods.train.sentence_text import sentences
-from fettle.methods.train.several import Several
 from fettle.methods.train.sharding import is_asked
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.gathering import gathered, teachers_text
-from fettle.methods.train.teachers import Live, Teacher, keep_answers, read_answers, require_same_tokens
 from fettle.methods.train.text_mix import TrainingText, require_tokenizer, training_text
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.source import resolve
+from fettle.models.writer import write_json
 
 
 class _OfLearner(Distillation):
@@ -84,13 +82,17 @@ def train(method: TrainMethod, job: TrainJob) -> Curve:
     if loop.gradient_checkpointing:
         _checkpoint_gradients_(learner.loaded.model)
     objective: Distillation | EncoderDistillation
+    kept_bytes = 0
     if learner.loaded.anatomy.causal:
-        objective = decoder = _objective(learner, (signals, loop), text, job)
+        decoder, kept_bytes = _objective(learner, (signals, loop), text, job)
+        objective = decoder
         mix = gathered(learner.loaded, decoder.gap, text, (loop, data, signals), job)
     else:
         objective, mix = encoder_objective(learner, (signals, loop), text, job), None
     curve = run(objective, text, loop, job.folder, job.progress, mix)
+    curve.answer_bytes = kept_bytes
     if is_main_process():
+        write_json(job.folder / CURVE, curve.to_json())
         learner.write(_record(method, job, text, curve, objective.weights))
     return curve
 
@@ -114,55 +116,21 @@ def _checkpoint_gradients_(tree: Any) -> None:
 
 def _objective(
     learner: Learner, fields: tuple[SignalFields, LoopFields], text: TrainingText, job: TrainJob
-) -> Distillation:
+) -> tuple[Distillation, int]:
+    """What the student learns from, and the bytes of the teacher's answers on disk."""
     signals, loop = fields
     asked = tuple(signals.weights())
     if "sentences" in asked:
         raise RecipeError(f"sentences compares an encoder's vectors, and {job.model} predicts next tokens; set it to 0")
     check_samples(asked, loop, held_back=len(text.held_back), each=loop.length // RELATION_STRIDE)
     student = Observed(learner.model, cast(nn.Module, learner.loaded.model), learner.loaded.anatomy, asked)
-    teacher: Teacher | None = None
-    layers, answers = None, None
-    if signals.needs_teacher:
-        names = job.teachers(signals)
-        models = [load_teacher(name, device=job.device, generic=job.generic) for name in names]
-        for name, found in zip(names, models, strict=True):
-            require_same_tokens(learner.loaded.tokenizer, found.tokenizer, (str(job.model), name))
-        live = [Live(Observed(found.model, base_tree(found), found.anatomy, asked)) for found in models]
-        weights = signals.parsed_teacher_weights()
-        teacher = live[0]
-        if len(live) > 1:
-            teacher = several = Several(live, weights, signals.temperature, signals.teacher_weighting)
-            if signals.teacher_weighting != "fixed" and signals.weighting_by == "task":
-                with process_group(job.device).main_process_first():
-                    hashes = {"teachers": [teacher_hashes(name) for name in names]}
-                    several.settle_by_task(text, job.folder, hashes, job.progress, job.device)
-        if {"features", "attention"} & set(asked):
-            layers = looked_at(signals, loop, student.depth, models[0], job.device)
-        if signals.teacher_top_k is not None:
-            answers = _kept(teacher, signals, text, job, names)
-    objective = _OfLearner(student, signals, teacher=teacher, answers=answers, layers=layers, learned=text.learned)
+    found = guidance(learner.loaded.tokenizer, student.depth, fields, text, job)
+    objective = _OfLearner(
+        student, signals, teacher=found.teacher, answers=found.answers, layers=found.layers, learned=text.learned
+    )
     objective.learner = learner
     objective.fit_shapes(text.ids[:1].to(job.device))
-    return objective.to(job.device)
-
-
-def _kept(teacher: Teacher, signals: SignalFields, text: TrainingText, job: TrainJob, names: list[str]) -> Any:
-    assert signals.teacher_top_k is not None
-    folder = job.folder / "answers"
-    vocabulary = teacher(text.ids[:1, :2].to(job.device)).logits.shape[-1]
-    k = min(signals.teacher_top_k, vocabulary)
-    identity = {
-        "text": text.sha256,
-        "teacher": [teacher_hashes(name) for name in names],
-        "weights": [signals.teacher_weights, signals.teacher_weighting, signals.weighting_by],
-    }
-    with process_group(job.device).main_process_first():
-        keep_answers(
-            teacher, text.ids.to(job.device), k=k, temperature=signals.temperature, folder=folder, identity=identity,
-            progress=job.progress,
-        )  # fmt: skip
-    return read_answers(folder, len(text.ids))
+    return objective.to(job.device), found.answer_bytes
 
 
 def _record(

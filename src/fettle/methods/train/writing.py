@@ -99,7 +99,7 @@ def _unit(
         if linear.name in codes:
             found = codes[linear.name]
             state = found.to_state(found.scheme.storage_for(found.shape, storage))
-            yield from ((f"{stem}.{local}", tensor) for local, tensor in state.items())
+            yield from ((f"{stem}.{local}", tensor.cpu()) for local, tensor in state.items())
             continue
         dtype = base.dtype if is_stored_as_codes(base, linear) else base.entry(linear.weight_name).dtype
         held = parameter_of(tree, linear.slot.parameter)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fettle.methods.train.sources.fields import DataFields
-from fettle.methods.train.text_mix import TrainingText
+from fettle.methods.train.text_mix import TrainingText, drawing_seed
 
 Gap = Callable[[Tensor, Tensor], Tensor]  # which windows [n] and their ids [n, length] → how far apart, [n]
 
@@ -31,7 +31,7 @@ class Adversarial:
 
     def draw(self, first_step: int, windows: Tensor) -> dict[str, Tensor]:
         """As `Source.draw`: the hardest of the candidates, whatever would stand in these places."""
-        generator = torch.Generator().manual_seed((self._seed + 1) * 1_000_003 + first_step * 8191)
+        generator = torch.Generator().manual_seed(drawing_seed(self._seed, first_step * 8191))
         pool = torch.randperm(self._text.learned, generator=generator)[: self._candidates * len(windows)]
         found = torch.cat([self._gap(part, self._text.ids[part]) for part in pool.unsqueeze(1)])
         hardest = pool[found.argsort(descending=True, stable=True)][: len(windows)]

@@ -27,7 +27,7 @@ from fettle.errors import UsageError
 from fettle.methods.train.kept import keep, recall
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.processes import is_main_process, wait_for_all
-from fettle.methods.train.text_mix import Order, TrainingText
+from fettle.methods.train.text_mix import Order, TrainingText, drawing_seed
 
 FOLDER = "drawn"
 MADE = -1  # the number of a window that no text holds
@@ -116,7 +116,7 @@ class Mix:
         """The places of source `number` in the segment that begins at step `first`, ascending."""
         found: list[int] = []
         for step in range(first, min(first + self._every, len(self.order) // self._batch)):
-            generator = torch.Generator().manual_seed((self._seed + 1) * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(drawing_seed(self._seed, step))
             shuffled = torch.randperm(self._batch, generator=generator).tolist()
             start = 0
             for other, source in enumerate(self.sources[: number + 1]):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.mix import MADE
-from fettle.methods.train.text_mix import TrainingText
+from fettle.methods.train.text_mix import TrainingText, drawing_seed
 from fettle.models.loading import LoadedModel
 
 Completer = Callable[..., Tensor]
@@ -58,6 +58,6 @@ class OnPolicy:
                 prompts,
                 new_tokens=self._text.ids.shape[1] - prompts.shape[1],
                 temperature=self._fields.sampling_temperature,
-                seed=(self._seed + 1) * 1_000_003 + first_step * 8191,
+                seed=drawing_seed(self._seed, first_step * 8191),
             )
         return {"window": torch.full((len(ids),), MADE), "ids": ids.cpu().contiguous()}

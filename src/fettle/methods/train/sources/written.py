@@ -28,6 +28,7 @@ from fettle.methods.train.kept import recall_json
 from fettle.methods.train.options import LoopFields
 from fettle.methods.train.sources.fields import DataFields
 from fettle.methods.train.sources.on_policy import Completer
+from fettle.methods.train.text_mix import drawing_seed
 from fettle.models.loading import LoadedModel
 from fettle.models.writer import write_json
 from fettle.progress import Progress
@@ -83,7 +84,7 @@ def _chunk(
     teacher: LoadedModel, complete: Completer, text: Text, fields: tuple[LoopFields, DataFields], first: int, count: int
 ) -> list[str]:
     loop, data = fields
-    seed = (loop.seed + 1) * 1_000_003 + first
+    seed = drawing_seed(loop.seed, first)
     if teacher.tokenizer is None:
         raise UsageError(f"the teacher {teacher.folder} has no tokenizer, so it cannot write; name another teacher")
     drawn = calibration_windows(teacher.tokenizer, text, windows=count, length=data.prompt_tokens, seed=seed)
