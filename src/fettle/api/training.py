@@ -122,9 +122,7 @@ def train(
     chosen = chain if isinstance(chain, Chain) else load_chain(chain)
     check_device(device)
     _check_threads(threads)
-    page = Path(report) if report is not None else run_folder(output) / "report.html"
-    if report is not None:
-        require_writable(page)
+    page = _page(report, output)
     folder = resolve(model)
     refuse_inside(folder, output)
     text = judging_text(judge, chosen) if evaluate else None
@@ -143,8 +141,10 @@ def train(
                 for number in range(len(chosen.stages))
             ]
             summary = _summary(chosen, model, checkpoint, output, lines)
-            summary |= {"seconds": sum(line["seconds"] for line in lines), "peak_memory_bytes": peak_memory_bytes()}
-            summary["command"] = command or ""
+            summary |= {
+                "seconds": sum(line["seconds"] for line in lines), "peak_memory_bytes": peak_memory_bytes(),
+                "command": command or "",
+            }  # fmt: skip
             if text is not None and is_main_process():
                 how = Judge(text=text, tokens=EVALUATION_TOKENS, device=device, generic=generic, progress=progress)
                 found = _judged(how, chosen, [folder, *_written(chosen, stages, output)], stages, lines)
@@ -163,6 +163,14 @@ def train(
     return Training(
         folder=output, evaluation=Evaluation.from_json(told) if told else None, summary=summary, report_path=page
     )
+
+
+def _page(report: str | Path | None, output: Path) -> Path:
+    """Where the page goes; one that is asked for must be writable before any work."""
+    if report is None:
+        return run_folder(output) / "report.html"
+    require_writable(Path(report))
+    return Path(report)
 
 
 def _check_threads(threads: int | None) -> None:
