@@ -140,11 +140,7 @@ def train(
                 _run_stage(chosen, number, model, output, stages, (device, threads, generic), progress)
                 for number in range(len(chosen.stages))
             ]
-            summary = _summary(chosen, model, checkpoint, output, lines)
-            summary |= {
-                "seconds": sum(line["seconds"] for line in lines), "peak_memory_bytes": peak_memory_bytes(),
-                "command": command or "",
-            }  # fmt: skip
+            summary = _summary(chosen, model, checkpoint, output, lines) | {"command": command or ""}
             if text is not None and is_main_process():
                 how = Judge(text=text, tokens=EVALUATION_TOKENS, device=device, generic=generic, progress=progress)
                 found = _judged(how, chosen, [folder, *_written(chosen, stages, output)], stages, lines)
@@ -381,6 +377,8 @@ def _summary(
         "recipe": {"name": chain.name},
         "recipe_yaml": chain.to_yaml(),
         "stages": lines,
+        "seconds": sum(line["seconds"] for line in lines),
+        "peak_memory_bytes": peak_memory_bytes(),
         "versions": versions(),
         "evaluation": None,
     }  # fmt: skip
